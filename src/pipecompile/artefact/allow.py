@@ -1,0 +1,176 @@
+"""The allow-list for generated code: what may stand in a ``device_<i>.py`` that is loaded.
+
+A saved pipeline holds code, so doing without pickle is not safety yet. Loaded code may define
+functions, call torch operators, operator and math functions and what it defined itself, index,
+branch, loop over ``count()`` and yield. It may not import anything else, reach attributes by
+other paths, or touch names that begin with an underscore.
+"""
+
+from __future__ import annotations
+
+import ast
+
+from pipecompile.errors import ArtefactError
+
+_IMPORTS = {"import math", "import operator", "import torch", "from itertools import count"}
+
+_NODES = (
+    *(ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Expr, ast.Assign, ast.Return, ast.Delete),
+    *(ast.For, ast.If, ast.Break, ast.With, ast.withitem, ast.Yield, ast.IfExp, ast.Import, ast.ImportFrom, ast.alias),
+    *(ast.Call, ast.keyword, ast.Attribute, ast.Name, ast.Load, ast.Store, ast.Del, ast.Constant, ast.Tuple, ast.List),
+    *(ast.Dict, ast.Subscript, ast.Slice, ast.Starred, ast.UnaryOp, ast.USub, ast.BinOp, ast.Add, ast.Compare, ast.Is),
+)
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_TORCH = _words("device autocast sym_max sym_min sym_not sym_float sym_int sym_sum sym_ite")
+_OPERATOR = _words(
+    "add sub mul truediv floordiv mod pow neg eq ne lt le gt ge and_ or_ xor not_ abs getitem pos inv invert"
+)
+#: ATen operators that reach outside the process.
+_REFUSED = _words("from_file")
+_MATH = _words("ceil floor trunc sqrt inf nan")
+_BUILTINS = _words("complex slice range")
+_LINK = _words("state receiver sender post put end")
+
+
+def check_source(source: str, filename: str, *, trust: bool = False) -> None:
+    """Refuse generated code that holds anything not on the allow-list.
+
+    Raises:
+        ArtefactError: naming the file, the line and what is not allowed there.
+    """
+    try:
+        tree = ast.parse(source, filename)
+    except SyntaxError as error:
+        raise ArtefactError(f"{filename}:{error.lineno}: not valid Python: {error.msg}") from error
+    _Checker(filename, trust, tree).visit(tree)
+
+
+class _Checker(ast.NodeVisitor):
+    def __init__(self, filename: str, trust: bool, tree: ast.Module) -> None:
+        self.filename = filename
+        self.trust = trust
+        self.functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        self.ports: set[str] = set()
+
+    def refuse(self, node: ast.AST, what: str) -> ArtefactError:
+        line = getattr(node, "lineno", 0)
+        hint = "" if self.trust else " (trust=True allows operators outside torch's own, nothing else)"
+        return ArtefactError(f"{self.filename}:{line}: {what} is not allowed in generated code{hint}")
+
+    def generic_visit(self, node: ast.AST) -> None:
+        if not isinstance(node, _NODES):
+            raise self.refuse(node, type(node).__name__)
+        super().generic_visit(node)
+
+    def visit_Module(self, node: ast.Module) -> None:
+        for statement in node.body:
+            text = ast.unparse(statement)
+            docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+            if isinstance(statement, ast.FunctionDef):
+                self.visit(statement)
+            elif text not in _IMPORTS and text != "aten = torch.ops.aten" and not docstring:
+                raise self.refuse(statement, f"the statement {text.splitlines()[0]!r}")
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        plain = not (node.decorator_list or node.args.defaults or node.args.kw_defaults or node.returns)
+        annotated = any(arg.annotation for arg in ast.walk(node) if isinstance(arg, ast.arg))
+        if not plain or annotated or any(isinstance(inner, ast.FunctionDef) for inner in node.body):
+            raise self.refuse(node, f"the form of function {node.name!r}")
+        self.visit(node.args)
+        self.ports = set()
+        for statement in node.body:
+            self.visit(statement)
+
+    def visit_arg(self, node: ast.arg) -> None:
+        self._name(node, node.arg)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        value = node.value
+        if (
+            isinstance(value, ast.Call)
+            and ast.unparse(value.func) in ("link.receiver", "link.sender")
+            and isinstance(node.targets[0], ast.Name)
+        ):
+            self.ports.add(node.targets[0].id)
+        for target in node.targets:
+            if not isinstance(target, (ast.Name, ast.Tuple)):
+                raise self.refuse(node, f"assigning to {ast.unparse(target)!r}")
+            self.visit(target)
+        self.visit(value)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        self._name(node, node.id)
+        reserved = self.functions | {"torch", "aten", "operator", "math", "count", "link"} | _BUILTINS
+        if not isinstance(node.ctx, ast.Load) and node.id in reserved:
+            raise self.refuse(node, f"redefining {node.id!r}")
+
+    def _name(self, node: ast.AST, name: str) -> None:
+        if name.startswith("_"):
+            raise self.refuse(node, f"the name {name!r}")
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        path = ast.unparse(node)
+        if not self._allowed_path(path):
+            raise self.refuse(node, f"{path!r}")
+
+    def _allowed_path(self, path: str) -> bool:
+        """Attributes are reached by these paths only."""
+        first, *rest = path.split(".")
+        if any(part.startswith("__") for part in rest) or not all(part.isidentifier() for part in (first, *rest)):
+            return False
+        match first, rest:
+            case "aten", [name, _]:
+                return name not in _REFUSED
+            case "torch", ["ops", "higher_order", _]:
+                return True
+            case "torch", ["ops", _, _, _]:
+                return self.trust
+            case "torch", [name]:
+                return name in _TORCH or _is_torch_constant(name)
+            case "operator", [name]:
+                return name in _OPERATOR
+            case "math", [name]:
+                return name in _MATH
+            case "link", [name]:
+                return name in _LINK
+            case _, [name]:
+                return first in self.ports and name in _LINK
+            case _:
+                return False
+
+    def visit_Call(self, node: ast.Call) -> None:
+        function = node.func
+        if isinstance(function, ast.Name):
+            if function.id not in self.functions | _BUILTINS | {"count"}:
+                raise self.refuse(node, f"calling {function.id!r}")
+        elif isinstance(function, ast.IfExp):
+            for choice in (function.body, function.orelse):
+                if not isinstance(choice, ast.Name) or choice.id not in self.functions:
+                    raise self.refuse(node, f"calling {ast.unparse(choice)!r}")
+        elif not isinstance(function, ast.Attribute):
+            raise self.refuse(node, f"calling {ast.unparse(function)!r}")
+        self.generic_visit(node)
+
+    def visit_With(self, node: ast.With) -> None:
+        for item in node.items:
+            call = item.context_expr
+            if not isinstance(call, ast.Call) or ast.unparse(call.func) != "torch.autocast" or item.optional_vars:
+                raise self.refuse(node, f"'with {ast.unparse(call)}'")
+        self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        raise self.refuse(node, f"{ast.unparse(node)!r}")
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        raise self.refuse(node, f"{ast.unparse(node)!r}")
+
+
+def _is_torch_constant(name: str) -> bool:
+    import torch
+
+    return isinstance(getattr(torch, name, None), (torch.dtype, torch.layout, torch.memory_format))

@@ -1,0 +1,244 @@
+"""compile() and load(): the passes and the runtime put together."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pipecompile import artefact, cache
+from pipecompile.errors import PipecompileWarning, PlanError
+from pipecompile.ir.cluster import Cluster, Device, Link
+from pipecompile.ir.graph import TensorSpec
+from pipecompile.ir.measure import Measure
+from pipecompile.ir.package import Package
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.profile import Profile
+from pipecompile.ir.program import Program
+from pipecompile.ir.tree import flatten
+from pipecompile.passes.codegen import Codegen
+from pipecompile.passes.lower import Lower
+from pipecompile.passes.partition import Partition
+from pipecompile.passes.profile import ProfileLayers
+from pipecompile.passes.refine import Refine
+from pipecompile.passes.schedule import Schedule
+from pipecompile.passes.trace import Trace, Traced
+from pipecompile.passes.verify import Verify
+from pipecompile.pipeline import ExecutorName, InferencePipeline
+from pipecompile.runtime.measure import CpuMeasure
+
+#: Called with the name of the phase that begins and the fraction of the work done, 0.0 to 1.0.
+Progress = Callable[[str, float], None]
+
+
+def compile(
+    model: nn.Module,
+    example_inputs: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    devices: int | Sequence[str] | Cluster = 2,
+    mode: Literal["infer"] = "infer",
+    dynamic_shapes: Any | None = None,
+    leaf: Sequence[str | type[nn.Module]] = (),
+    ahead: int | None = None,
+    executor: ExecutorName = "process",
+    time_limit: float = 10.0,
+    profile_seconds: float = 2.0,
+    use_cache: bool = True,
+    hang_seconds: float | None = None,
+    throttle: Mapping[str, Link] | None = None,
+    imports: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> InferencePipeline:
+    """Compile ``model``, called as ``model(*example_inputs, **example_kwargs)``, into a pipeline.
+
+    Args:
+        model: any module that ``torch.export`` can capture, on the CPU. It is compiled in eval
+            mode; its own mode is left as it is. Its parameters stay its own objects and share
+            their storage with the pipeline from the first use on.
+        example_inputs: positional arguments of one call; a single tensor may stand alone.
+        example_kwargs: keyword arguments of that call.
+        devices: how many cores to use, names such as ``["cpu:0", "cpu:1"]``, or a Cluster.
+        mode: ``"infer"``.
+        dynamic_shapes: sizes that may differ from sample to sample, as for ``torch.export.export``.
+        leaf: modules never cut inside: path patterns (``"encoder.layer.*"``) or module classes.
+        ahead: how many messages a stage receives ahead of the one it works on; chosen if None.
+        executor: ``"process"``, a pinned worker a device, or ``"inline"``, all in this process
+            (slow; for debugging, breakpoints and tests).
+        time_limit: seconds the ILP solver may take; the chain heuristic's plan is kept after that.
+        profile_seconds: about how long to time the model.
+        use_cache: keep profiles on disk and use them again for the same graph on the same machine.
+        hang_seconds: how long a worker may compute one sample; max(2 s, 10 x profiled) if None.
+        throttle: slow down edges (``{"0>1": Link(latency, bandwidth)}``): to try a slower network.
+        imports: modules the workers import first because they register custom operators.
+        progress: called as ``progress(phase, fraction)`` while compiling.
+
+    Raises:
+        TraceError: if the model cannot be captured or its graph differs from eager.
+        PlanError: if ``devices`` makes no sense.
+        InputError: if example inputs or dynamic shapes cannot be used.
+    """
+    if mode != "infer":
+        raise PlanError(f"mode={mode!r} is not available; this version compiles for inference (mode='infer')")
+    tell = progress or _silent
+    args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
+    kwargs = dict(example_kwargs or {})
+    cluster = make_cluster(devices)
+    tell("trace", 0.0)
+    traced = Trace(tuple(leaf), dynamic_shapes).apply(model, args, kwargs)
+    compiler = _Compiler(traced, flatten((args, kwargs))[0], CpuMeasure(), Lower(ahead), time_limit)
+    tell("profile", 0.3)
+    profile = compiler.profile(profile_seconds, use_cache)
+    tell("partition", 0.6)
+    cluster = replace(cluster, link=profile.link)
+    plan = compiler.plan(profile, cluster)
+    if len(plan.stages) < len(cluster.devices):
+        warnings.warn("; ".join(plan.notes), PipecompileWarning, stacklevel=2)
+    tell("codegen", 0.9)
+    package = compiler.package(plan, tuple(imports))
+    tell("done", 1.0)
+    return InferencePipeline(
+        package, traced.tensors, model, executor=executor, hang_seconds=hang_seconds, throttle=throttle
+    )
+
+
+def _silent(_phase: str, _fraction: float) -> None:
+    pass
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    executor: ExecutorName = "process",
+    trust: bool = False,
+    hang_seconds: float | None = None,
+    throttle: Mapping[str, Link] | None = None,
+) -> InferencePipeline:
+    """Load a pipeline written by ``save()``; the model's source is not needed.
+
+    Raises:
+        ArtefactError: if a file is missing, altered, too new, or holds code that is not allowed
+            (``trust=True`` allows custom operators).
+    """
+    package, tensors = artefact.load(path, trust=trust)
+    model = _skeleton(package, tensors)
+    return InferencePipeline(package, tensors, model, executor=executor, hang_seconds=hang_seconds, throttle=throttle)
+
+
+def make_cluster(devices: int | Sequence[str] | Cluster) -> Cluster:
+    """The Cluster meant by ``devices``.
+
+    Raises:
+        PlanError: for a count below one, an unknown kind of device or a core this process may not use.
+    """
+    if isinstance(devices, Cluster):
+        return devices
+    cores = sorted(os.sched_getaffinity(0))
+    if isinstance(devices, int):
+        if devices < 1:
+            raise PlanError(f"devices={devices}: at least one device is needed")
+        if devices > len(cores):
+            warnings.warn(
+                f"{devices} devices on {len(cores)} cores: some share a core, so the pipeline cannot be faster "
+                f"than with {len(cores)}",
+                PipecompileWarning,
+                stacklevel=3,
+            )
+        return Cluster(tuple(Device(f"cpu:{i}", core=cores[i % len(cores)]) for i in range(devices)))
+    found: list[Device] = []
+    for name in devices:
+        kind, _, index = name.partition(":")
+        if kind != "cpu" or not index.isdigit():
+            raise PlanError(f"unknown device {name!r}: this version knows 'cpu:<number>'")
+        if int(index) >= len(cores):
+            raise PlanError(f"there is no device {name!r}: this process may use {len(cores)} cores (cpu:0 and up)")
+        found.append(Device(name, core=cores[int(index)]))
+    if not found:
+        raise PlanError("devices is empty: at least one device is needed")
+    return Cluster(tuple(found))
+
+
+@dataclass(frozen=True)
+class _Compiler:
+    """The passes after trace, with what they share."""
+
+    traced: Traced
+    leaves: list[Any]
+    measure: Measure
+    lower: Lower
+    time_limit: float
+
+    def profile(self, seconds: float, use_cache: bool) -> Profile:
+        graph, module = self.traced.graph, self.traced.module
+        step = ProfileLayers(seconds)
+        found = cache.load(step.digest(graph, module)) if use_cache else None
+        if found is None:
+            found = step.apply(graph, module, self.traced.tensors, self.leaves, self.measure)
+            if use_cache:
+                cache.store(found)
+        return found
+
+    def plan(self, profile: Profile, cluster: Cluster) -> Plan:
+        traced = self.traced
+        partition = Partition(len(cluster.devices), time_limit=self.time_limit)
+
+        def cut(profile: Profile) -> Plan:
+            return partition.apply(traced.graph, profile, cluster)
+
+        return Refine().apply(
+            traced.graph, traced.module, traced.tensors, self.leaves, profile, cut, self.program, self.measure
+        )
+
+    def program(self, plan: Plan) -> Program:
+        graph = self.traced.graph
+        return Verify().apply(self.lower.apply(graph, plan, Schedule("stream").apply(plan)))
+
+    def package(self, plan: Plan, imports: tuple[str, ...]) -> Package:
+        graph = self.traced.graph
+        program = self.program(plan)
+        specs = tuple(
+            graph.values.get(name) or TensorSpec.of(leaf) for name, leaf in zip(graph.inputs, self.leaves, strict=True)
+        )
+        return Package(
+            graph.name,
+            Codegen().apply(graph, self.traced.module, plan, program),
+            plan,
+            program,
+            graph.state,
+            specs,
+            graph.inputs,
+            graph.outputs,
+            graph.in_tree,
+            graph.out_tree,
+            graph.symbols,
+            self.traced.parameters,
+            imports,
+        )
+
+
+def _skeleton(package: Package, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A module tree that holds a loaded package's parameters and buffers under their old names."""
+    root = nn.Module()
+    for entry in package.state:
+        if entry.kind == "constant":
+            continue
+        *path, key = entry.fqn.split(".")
+        owner = root
+        for part in path:
+            child = owner._modules.get(part)  # pyright: ignore[reportPrivateUsage]
+            if child is None:
+                child = nn.Module()
+                owner.add_module(part, child)
+            owner = child
+        if entry.kind == "buffer":
+            owner.register_buffer(key, tensors[entry.name])
+        else:
+            parameter = nn.Parameter(tensors[entry.name], requires_grad=entry.requires_grad)
+            owner.register_parameter(key, parameter)
+            tensors[entry.name] = parameter  # type: ignore[index]
+    return root

@@ -1,0 +1,182 @@
+"""A schedule as data: per device a list of instructions, and the rings they use.
+
+Text form, one instruction a word: ``0F3`` stage 0 computes sample 3; ``1RECV4@0>1`` stage 1
+posts the receive of message 4 on edge ``0>1``; ``0SEND3@0>1`` stage 0 sends message 3.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from pipecompile.errors import ProgramError
+from pipecompile.ir.graph import TensorSpec
+
+#: The caller's side of the pipeline, as the source or target of an edge.
+HOST = -1
+
+
+class Op(StrEnum):
+    """What an instruction does. ``F`` waits for the message of its sample on every edge it reads."""
+
+    FORWARD = "F"
+    SEND = "SEND"
+    RECV = "RECV"
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One step of a device. In a loop body ``sample`` is relative to the loop's sample.
+
+    ``RECV`` posts a ring slot for a message (it never blocks by itself); ``FORWARD`` waits for
+    the posted messages of its sample, computes, and thereby frees their slots; ``SEND`` waits
+    until the receiver has posted the message, then copies it.
+    """
+
+    op: Op
+    stage: int
+    sample: int
+    edge: str = ""
+
+    def __str__(self) -> str:
+        """The text form, which :meth:`parse` reads back."""
+        return f"{self.stage}{self.op}{self.sample}" + (f"@{self.edge}" if self.edge else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Instruction:
+        """Read the text form.
+
+        Raises:
+            ProgramError: if the text is not an instruction.
+        """
+        found = re.fullmatch(r"(\d+)(F|SEND|RECV)(-?\d+)(?:@(\S+))?", text)
+        if found is None:
+            raise ProgramError(f"not an instruction: {text!r} (expected e.g. '0F3' or '0SEND3@0>1')")
+        return cls(Op(found[2]), int(found[1]), int(found[3]), found[4] or "")
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A ring of ``slots`` messages from one stage (or HOST) to another. One message a sample.
+
+    ``values`` travel together; ``ahead`` is how many messages beyond the one in use are posted.
+    """
+
+    source: int
+    target: int
+    values: tuple[str, ...]
+    specs: tuple[TensorSpec, ...]
+    ahead: int
+    slots: int
+
+    @property
+    def name(self) -> str:
+        """``0>1``; the caller's side is ``host``."""
+        return f"{_end(self.source)}>{_end(self.target)}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one message."""
+        return sum(spec.nbytes for spec in self.specs)
+
+
+@dataclass(frozen=True)
+class DeviceProgram:
+    """Instructions of one device: ``warm_up`` once, ``body`` once a sample, ``drain`` once.
+
+    ``stages`` run on this device. A closed schedule (a training step) is all warm-up.
+    """
+
+    device: int
+    stages: tuple[int, ...]
+    warm_up: tuple[Instruction, ...]
+    body: tuple[Instruction, ...]
+    drain: tuple[Instruction, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """What every device does, in order. Read by verify, simulate, codegen and report."""
+
+    devices: tuple[DeviceProgram, ...]
+    edges: tuple[Edge, ...]
+    schedule: str = "stream"
+
+    def edge(self, name: str) -> Edge:
+        """The edge of that name.
+
+        Raises:
+            ProgramError: if there is none.
+        """
+        for edge in self.edges:
+            if edge.name == name:
+                return edge
+        raise ProgramError(f"the program has no edge {name!r}")
+
+    def unroll(self, samples: int) -> tuple[tuple[Instruction, ...], ...]:
+        """Per device the instructions for a stream of ``samples`` samples, numbered absolutely.
+
+        Receives posted ahead beyond the end of the stream are left out.
+        """
+
+        def absolute(program: DeviceProgram) -> tuple[Instruction, ...]:
+            body = (
+                Instruction(step.op, step.stage, sample + step.sample, step.edge)
+                for sample in range(samples)
+                for step in program.body
+            )
+            everything = (*program.warm_up, *body, *program.drain)
+            return tuple(step for step in everything if not (program.body and step.sample >= samples))
+
+        return tuple(absolute(program) for program in self.devices)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data; instructions in text form."""
+        return {
+            "schedule": self.schedule,
+            "devices": [
+                {
+                    "device": d.device,
+                    "stages": list(d.stages),
+                    "warm_up": [str(i) for i in d.warm_up],
+                    "body": [str(i) for i in d.body],
+                    "drain": [str(i) for i in d.drain],
+                }
+                for d in self.devices
+            ],
+            "edges": [{**vars(e), "values": list(e.values), "specs": [vars(s) for s in e.specs]} for e in self.edges],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Program:
+        """The inverse of :meth:`to_json`."""
+
+        def steps(words: list[str]) -> tuple[Instruction, ...]:
+            return tuple(Instruction.parse(word) for word in words)
+
+        return cls(
+            tuple(
+                DeviceProgram(d["device"], tuple(d["stages"]), steps(d["warm_up"]), steps(d["body"]), steps(d["drain"]))
+                for d in data["devices"]
+            ),
+            tuple(_edge_from_json(e) for e in data["edges"]),
+            data["schedule"],
+        )
+
+
+def spec_from_json(data: dict[str, Any]) -> TensorSpec:
+    """A :class:`TensorSpec` from ``vars(spec)`` after a JSON round trip."""
+    fields: dict[str, Any] = {**data, "shape": tuple(data["shape"]), "stride": tuple(data["stride"])}
+    return TensorSpec(**fields)
+
+
+def _edge_from_json(data: dict[str, Any]) -> Edge:
+    specs = tuple(spec_from_json(spec) for spec in data["specs"])
+    fields: dict[str, Any] = {**data, "values": tuple(data["values"]), "specs": specs}
+    return Edge(**fields)
+
+
+def _end(stage: int) -> str:
+    return "host" if stage == HOST else str(stage)

@@ -1,0 +1,303 @@
+"""Capture a model as one flat fx graph with ``torch.export``: the only file that talks to it.
+
+The model is wrapped so that export sees a function from a list of tensors to a list of tensors:
+nests of arguments and results are taken apart by :mod:`pipecompile.ir.tree`, which needs no
+registered classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import keyword
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from pipecompile.errors import InputError, TraceError
+from pipecompile.ir.graph import StateSpec, Symbol
+from pipecompile.ir.tree import Tree, flatten, unflatten
+from pipecompile.passes.operators import buffers_of, not_exporting
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What export gave, under names fit for generated code.
+
+    ``module.graph`` has the state as its first placeholders, then the user inputs.
+    ``tensors`` are the model's own parameters and buffers (not copies), by placeholder name.
+    """
+
+    module: fx.GraphModule
+    state: tuple[StateSpec, ...]
+    tensors: dict[str, torch.Tensor]
+    inputs: tuple[str, ...]
+    in_tree: Tree
+    out_tree: Tree
+    symbols: dict[str, Symbol]
+    parameters: tuple[str, ...]
+
+
+class _Flat(nn.Module):
+    """The model as a function of flat tensors. ``found`` receives the nest of the result."""
+
+    def __init__(self, model: nn.Module, tree: Tree, found: list[Tree], as_eager: bool) -> None:
+        super().__init__()
+        self.model = model
+        self._call = (tree, found, as_eager)
+
+    def forward(self, *leaves: torch.Tensor) -> list[Any]:
+        tree, found, as_eager = self._call
+        args, kwargs = unflatten(tree, list(leaves))
+        before = [(m, name, buffer) for m in self.model.modules() for name, buffer in buffers_of(m).items()]
+        with not_exporting() if as_eager else nullcontext():
+            result = self.model(*args, **kwargs)
+        result, out_tree = flatten(result, lambda item: isinstance(item, torch.SymInt))
+        found[:] = [out_tree]
+        for module, name, buffer in before:
+            _keep_assignment(module, name, buffer)
+        return result
+
+
+def _keep_assignment(module: nn.Module, name: str, old: torch.Tensor | None) -> None:
+    """Record ``self.buffer = value`` as a write: export loses it in any but the outermost module."""
+    new = buffers_of(module).get(name)
+    if new is old or new is None or old is None:
+        return
+    if new.shape != old.shape or new.dtype != old.dtype:
+        raise TraceError(
+            f"buffer {name!r} of {type(module).__name__} changes from {tuple(old.shape)} {old.dtype} to "
+            f"{tuple(new.shape)} {new.dtype} in forward; state between samples must keep its shape and dtype"
+        )
+    old.copy_(new)
+    buffers_of(module)[name] = old
+
+
+def capture(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any | None = None,
+    *,
+    as_eager: bool = True,
+) -> Capture:
+    """Export ``model`` in its present mode, called as ``model(*args, **kwargs)``.
+
+    ``as_eager`` makes code that behaves otherwise while exporting take its eager path. What it
+    then caches in the model is fake, so a twin that shares only parameters and buffers is traced.
+
+    Raises:
+        TraceError: with the reason, the model's source line and what to try.
+        InputError: if ``dynamic_shapes`` does not fit the arguments.
+    """
+    leaves, in_tree = flatten((tuple(args), dict(kwargs)))
+    for leaf in leaves:
+        if leaf.device.type != "cpu" or leaf.layout is not torch.strided:
+            raise InputError(
+                f"example inputs must be dense CPU tensors, got one on {leaf.device} with layout {leaf.layout}"
+            )
+    found: list[Tree] = []
+    shapes = None
+    if dynamic_shapes is not None:
+        shapes = {"leaves": tuple(_shapes_of_leaves(model, in_tree, args, kwargs, dynamic_shapes))}
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            traced = _twin(model) if as_eager else model
+            exported = torch.export.export(
+                _Flat(traced, in_tree, found, as_eager), tuple(leaves), strict=False, dynamic_shapes=shapes
+            )
+    except TraceError:
+        raise
+    except Exception as error:  # export raises dozens of classes, user code any
+        raise _explain(error, model) from error
+    return _rename(exported, model, found[0], in_tree, _input_names(model, in_tree, len(args)))
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy of the module tree around the same parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def is_state(node: fx.Node) -> bool:
+    """Whether a placeholder is a parameter, buffer or constant rather than a user input."""
+    return node.meta.get("pipecompile_state", False)
+
+
+def source_of(node: fx.Node) -> str:
+    """``file.py:line`` of the model's own code that made a node; outside torch if possible."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if not _is_torch(frame[0])] or frames
+    return f"{Path(own[-1][0]).name}:{own[-1][1]}" if own else ""
+
+
+def module_of(node: fx.Node) -> tuple[str, ...]:
+    """Paths of the modules a node was called in, outermost first, without the wrapper's prefix."""
+    stack: Mapping[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    paths = [re.sub(r"@\d+", "", path) for path, _ in stack.values()]
+    return tuple(path.removeprefix("model").removeprefix(".") for path in paths if path)
+
+
+def _rename(
+    exported: torch.export.ExportedProgram, model: nn.Module, out_tree: Tree, in_tree: Tree, input_names: list[str]
+) -> Capture:
+    kinds = torch.export.graph_signature.InputKind
+    own: dict[str, torch.Tensor] = {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
+    letters = {kinds.PARAMETER: ("p", "parameter"), kinds.BUFFER: ("b", "buffer"), kinds.CONSTANT_TENSOR: ("c", "")}
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    state: list[StateSpec] = []
+    tensors: dict[str, torch.Tensor] = {}
+    names: list[str] = []
+    symbols: dict[str, Symbol] = {}
+    ranges = {str(symbol): bounds for symbol, bounds in exported.range_constraints.items()}
+    old_nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    for spec in exported.graph_signature.input_specs:
+        argument: Any = spec.arg
+        node = old_nodes.get(argument.name)
+        if spec.kind is kinds.USER_INPUT and node is not None:
+            new = graph.placeholder(input_names[len(names)])
+            for dim, size in enumerate(node.meta["val"].shape):
+                if isinstance(size, torch.SymInt) and re.fullmatch(r"\w+", str(size)):
+                    symbols.setdefault(str(size), Symbol(len(names), dim, *_bounds(ranges.get(str(size)))))
+            names.append(new.name)
+        elif spec.kind in letters and node is not None and spec.target is not None:
+            letter, kind = letters[spec.kind]
+            fqn = spec.target.removeprefix("model.")
+            tensor = own.get(fqn)
+            if tensor is None:
+                tensor = exported.constants[spec.target]
+                assert isinstance(tensor, torch.Tensor)
+            new = graph.placeholder(f"{letter}_{re.sub(r'[^0-9a-zA-Z]+', '_', fqn)}")
+            state.append(StateSpec(new.name, fqn, kind or "constant", False, tensor.nbytes, tensor.requires_grad))  # type: ignore[arg-type]
+            tensors[new.name] = tensor
+        else:
+            raise TraceError(
+                f"the model uses {spec.kind.name.lower().replace('_', ' ')} {spec.target or ''}, which cannot be "
+                "pipelined; keep only tensors as parameters, buffers or attributes"
+            )
+        new.meta = {**node.meta, "pipecompile_state": spec.kind is not kinds.USER_INPUT}
+        env[node] = new
+    for node in exported.graph.nodes:
+        if node.op != "placeholder":
+            env[node] = graph.node_copy(node, lambda old: env[old])
+    module = fx.GraphModule(exported.graph_module, graph)
+    parameters = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind not in _VARIADIC]
+    return Capture(module, tuple(state), tensors, tuple(names), in_tree, out_tree, symbols, tuple(parameters))
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _bounds(given: Any) -> tuple[int, int]:
+    """Lowest and highest value of a symbol; infinity becomes the largest integer."""
+
+    def number(value: Any, default: int) -> int:
+        try:
+            return int(value)
+        except (AttributeError, TypeError, ValueError, OverflowError):
+            return default
+
+    return number(getattr(given, "lower", None), 0), number(getattr(given, "upper", None), sys.maxsize)
+
+
+def _input_names(model: nn.Module, tree: Tree, positional: int) -> list[str]:
+    """A readable name for every tensor argument: its parameter, then the path inside it."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    names: list[str] = []
+
+    def visit(node: Tree, path: str) -> None:
+        if node.kind == "leaf":
+            name = re.sub(r"\W+", "_", path).strip("_") or "input"
+            names.append(f"{name}_" if keyword.iskeyword(name) or name in ("torch", "aten", "link") else name)
+        for i, child in enumerate(node.children):
+            visit(child, f"{path}_{node.keys[i] if node.keys else i}")
+
+    args, kwargs = tree.children
+    for i in range(positional):
+        given = parameters[i] if i < len(parameters) else None
+        variadic = given is None or given.kind in _VARIADIC
+        visit(args.children[i], f"input_{i}" if variadic or given is None else given.name)
+    for key, child in zip(kwargs.keys, kwargs.children, strict=True):
+        visit(child, str(key))
+    return [name if names.index(name) == i else f"{name}_{i}" for i, name in enumerate(names)]
+
+
+def _shapes_of_leaves(
+    model: nn.Module, tree: Tree, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any
+) -> list[Any]:
+    """Spread ``dynamic_shapes`` (as ``torch.export`` takes it) over the flat tensors."""
+    names = list(inspect.signature(model.forward).parameters)
+    if isinstance(dynamic_shapes, Mapping):
+        unknown = set(dynamic_shapes) - set(names) - set(kwargs)
+        if unknown:
+            raise InputError(f"dynamic_shapes names {sorted(unknown)}, but forward takes {names}")
+        of_args = [dynamic_shapes.get(name) for name in names[: len(args)]]
+        of_kwargs = {key: dynamic_shapes.get(key) for key in kwargs}
+    else:
+        given = [*dynamic_shapes, *[None] * (len(args) + len(kwargs) - len(dynamic_shapes))]
+        of_args, of_kwargs = given[: len(args)], dict(zip(kwargs, given[len(args) :], strict=False))
+    found: list[Any] = []
+
+    def visit(node: Tree, spec: Any) -> None:
+        if node.kind == "leaf":
+            found.append(spec)
+        for i, child in enumerate(node.children):
+            key = node.keys[i] if node.keys else i
+            visit(child, None if spec is None else spec.get(key) if isinstance(spec, Mapping) else spec[i])
+
+    visit(tree.children[0], of_args)
+    visit(tree.children[1], of_kwargs)
+    return found
+
+
+def _is_torch(filename: str) -> bool:
+    parts = Path(filename).parts
+    return "torch" in parts or "pipecompile" in parts or filename.startswith("<")
+
+
+_HINTS = (
+    (
+        ("data-dependent", "GuardOnDataDependent", "Could not guard", "aten._local_scalar_dense"),
+        "the path taken depends on the values of tensors; use torch.where, torch.cond or a fixed bound instead",
+    ),
+    (("Dim", "dynamic_shapes", "Constraints violated"), "check dynamic_shapes: see the constraint named above"),
+    (
+        ("not supported", "Unsupported", "unsupported"),
+        "replace the operation, or move it out of the model",
+    ),
+)
+
+
+def _explain(error: Exception, model: nn.Module) -> TraceError:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_torch(f.filename)]
+    text = str(error).strip() or type(error).__name__
+    quoted = re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s+(.+)', text)
+    own = [frame for frame in quoted if not _is_torch(frame[0])]
+    if own:
+        where = f"{own[-1][0]}:{own[-1][1]}: {own[-1][2].strip()}"
+    elif frames:
+        where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}"
+    else:
+        where = "unknown place"
+    hint = next(
+        (hint for words, hint in _HINTS if any(word in text or word in type(error).__name__ for word in words)),
+        "run the model once on the example inputs in plain PyTorch: if that fails too, mend it first",
+    )
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), text)
+    return TraceError(
+        f"{type(model).__name__} cannot be captured as one graph.\n"
+        f"  reason: {type(error).__name__}: {reason[:300]}\n  where:  {where}\n  try:    {hint}"
+    )

@@ -1,0 +1,190 @@
+"""Lower: from what each device computes to what it also receives and sends."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from pipecompile.errors import ProgramError
+from pipecompile.ir.graph import ModelGraph, TensorSpec
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import HOST, DeviceProgram, Edge, Instruction, Op, Program
+
+#: A message of at most this many bytes gets deep rings: a stage that stutters then stops nobody.
+SMALL = 64 << 10
+
+#: Bytes a ring may take. A larger one is made as shallow as still lets copies and computing overlap.
+RING = 8 << 20
+
+_DEEP, _USUAL, _LEAST = 4, 2, 1
+
+
+@dataclass(frozen=True)
+class Lower:
+    """Add edges, sends and receives to a compute-only program.
+
+    ``ahead`` is how many messages beyond the one at hand a stage has posted towards its
+    neighbour; 0 means that a receive is posted only when its stage is about to wait for it.
+    ``None`` chooses by message size: 4 for small messages, 1 for huge ones, else 2.
+
+    Edges that jump stages get more. Let every hop from one stage to the next be ``a`` ahead. A
+    stage in iteration ``n`` has posted up to message ``n + a``; the stage before it can then have
+    sent that much and be in iteration ``n + a + 1``, where it blocks. So each hop adds a lead of
+    ``a + 1`` iterations, and a stage ``d`` hops up can have sent message ``n + d * (a + 1) - 1``
+    while its far reader is in iteration ``n``. A direct edge between the two that is
+    ``d * (a + 1) - 1`` ahead never makes it wait for what the chain would have let through. (For
+    ``d = 1`` this is ``a`` again; where hops differ, the leads add up.) The caller counts as one
+    stage before the first, for inputs, and as one stage behind the last, for results.
+    """
+
+    ahead: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.ahead is not None and self.ahead < 0:
+            raise ProgramError(f"ahead={self.ahead}: a stage cannot receive less than 0 messages ahead")
+
+    def apply(self, graph: ModelGraph, plan: Plan, program: Program) -> Program:
+        """The program with edges in pipeline order and, per device, RECV ahead, F and SEND.
+
+        Raises:
+            ProgramError: if the plan sends a value backwards, lacks a layer or the graph lacks a
+                spec, or if the program's bodies do more than compute the sample at hand.
+        """
+        crossing = crossings(graph, plan)
+        edges = self._edges(graph, len(plan.stages), crossing)
+        devices = tuple(_device(device, edges) for device in program.devices)
+        return Program(devices, edges, program.schedule)
+
+    def _edges(
+        self, graph: ModelGraph, stages: int, crossing: dict[tuple[int, int], tuple[str, ...]]
+    ) -> tuple[Edge, ...]:
+        edges: list[Edge] = []
+        for (source, target), values in crossing.items():
+            specs = tuple(_spec(graph, value) for value in values)
+            edges.append(Edge(source, target, values, specs, 0, 1))
+        edges.sort(key=lambda edge: _span(edge, stages))
+        leads = self._leads(edges, stages)
+        return tuple(self._with_ahead(edge, leads, stages) for edge in edges)
+
+    def _leads(self, edges: list[Edge], stages: int) -> list[int]:
+        """Iterations that each position may be ahead of the next: caller, stages, caller."""
+        sizes = {_span(edge, stages): edge.nbytes for edge in edges}
+        hops = pairwise(range(-1, stages + 1))
+        return [1 + (_depth(sizes.get(hop)) if self.ahead is None else self.ahead) for hop in hops]
+
+    def _with_ahead(self, edge: Edge, leads: list[int], stages: int) -> Edge:
+        first, last = _span(edge, stages)
+        ahead = sum(leads[first + 1 : last + 1]) - 1
+        if self.ahead is None and (ahead + 1) * edge.nbytes > RING:
+            # The lead of a chain whose hops are all as shallow as possible: full speed, less slack.
+            shallow = (last - first) * (_LEAST + 1) - 1
+            ahead = min(ahead, max(shallow, RING // edge.nbytes - 1))
+        return replace(edge, ahead=ahead, slots=ahead + 1)
+
+
+def crossings(graph: ModelGraph, plan: Plan) -> dict[tuple[int, int], tuple[str, ...]]:
+    """``(source, target)`` -> values, for every pair of stages (or HOST) that share an edge.
+
+    Each value goes straight from the stage that makes it to each stage that reads it. Values of
+    free nodes do not cross, except that the last stage makes those the caller gets. A stage that
+    receives nothing is clocked by the caller; one that sends nothing confirms each sample to the
+    caller. Such edges carry no value. Values are in order of user inputs, then of layers, then of
+    outputs.
+
+    Raises:
+        ProgramError: if a layer is in no stage or in two, a value is read that nobody makes, or a
+            stage would have to send to an earlier one.
+    """
+    stage_of = _stage_of(graph, plan)
+    made_in = {value: stage_of[layer] for value, layer in graph.producer.items()}
+    last = len(plan.stages) - 1
+    found: defaultdict[tuple[int, int], set[str]] = defaultdict(set)
+    for index, layer in enumerate(graph.layers):
+        stage = stage_of[index]
+        for value in layer.reads:
+            if value in graph.free:
+                continue
+            if value not in made_in and value not in graph.inputs:
+                raise ProgramError(f"layer {layer.name} in stage {stage} reads {value!r}, which no layer makes")
+            source = made_in.get(value, HOST)
+            if source > stage:
+                raise ProgramError(
+                    f"layer {layer.name} in stage {stage} reads {value!r} of the later stage {source}: "
+                    "plan the layers so that each reads only from its own or an earlier stage"
+                )
+            if source != stage:
+                found[source, stage].add(value)
+    for ref in graph.outputs:
+        if ref.kind != "value":
+            continue
+        if ref.name not in made_in and ref.name not in graph.free:
+            raise ProgramError(f"the model returns {ref.name!r}, which no layer makes")
+        found[made_in.get(ref.name, last), HOST].add(ref.name)
+    for stage in range(last + 1):
+        if not any(target == stage for _, target in found):
+            found[HOST, stage] = set()
+        if not any(source == stage for source, _ in found):
+            found[stage, HOST] = set()
+    everything = (*graph.inputs, *made_in, *(ref.name for ref in graph.outputs))
+    order = {value: i for i, value in enumerate(dict.fromkeys(everything))}
+    return {ends: tuple(sorted(values, key=order.__getitem__)) for ends, values in found.items()}
+
+
+def _stage_of(graph: ModelGraph, plan: Plan) -> dict[int, int]:
+    """Layer -> stage."""
+    if [stage.index for stage in plan.stages] != list(range(len(plan.stages))):
+        raise ProgramError(f"the plan numbers its stages {[stage.index for stage in plan.stages]}, not 0, 1, ...")
+    stage_of: dict[int, int] = {}
+    for stage in plan.stages:
+        for layer in stage.layers:
+            if layer in stage_of or not 0 <= layer < len(graph.layers):
+                raise ProgramError(f"the plan gives stage {stage.index} layer {layer}: it is elsewhere or not at all")
+            stage_of[layer] = stage.index
+    for index, layer in enumerate(graph.layers):
+        if index not in stage_of:
+            raise ProgramError(f"the plan puts layer {index} ({layer.name}) in no stage")
+    return stage_of
+
+
+def _device(device: DeviceProgram, edges: tuple[Edge, ...]) -> DeviceProgram:
+    incoming = [edge for edge in edges if edge.target in device.stages]
+    outgoing = [edge for edge in edges if edge.source in device.stages]
+    computed = [step.stage for step in device.body if step.op is Op.FORWARD and step.sample == 0]
+    if len(computed) != len(device.body) or sorted(computed) != sorted(device.stages) or device.warm_up or device.drain:
+        raise ProgramError(
+            f"device {device.device}: only a body that computes the sample at hand once in each of its stages can be "
+            f"lowered, got {[str(step) for step in (*device.warm_up, *device.body, *device.drain)]}"
+        )
+    warm_up = (Instruction(Op.RECV, e.target, sample, e.name) for e in incoming for sample in range(e.ahead))
+    # Receives first: an edge between two stages of one device has its slot posted before its send.
+    body = [Instruction(Op.RECV, edge.target, edge.ahead, edge.name) for edge in incoming]
+    for step in device.body:
+        body.append(step)
+        # Edges are in order of distance, so the next stage, which the rest waits for, comes first.
+        body += [Instruction(Op.SEND, e.source, 0, e.name) for e in outgoing if e.source == step.stage]
+    # Nothing to drain: a device that has sent its last message owes nobody anything.
+    return DeviceProgram(device.device, device.stages, tuple(warm_up), tuple(body))
+
+
+def _span(edge: Edge, stages: int) -> tuple[int, int]:
+    """Positions of an edge's ends, the caller being first as a source and last as a target."""
+    return edge.source, stages if edge.target == HOST else edge.target
+
+
+def _depth(nbytes: int | None) -> int:
+    """How far ahead neighbours receive by default; ``None`` where no edge joins them."""
+    if nbytes is None:
+        return _USUAL
+    if nbytes <= SMALL:
+        return _DEEP
+    return _USUAL if (_USUAL + 1) * nbytes <= RING else _LEAST
+
+
+def _spec(graph: ModelGraph, value: str) -> TensorSpec:
+    if value not in graph.values:
+        raise ProgramError(f"the graph has no spec of {value!r}, which crosses stages: trace the model again")
+    return graph.values[value]
+
+
+__all__ = ["RING", "SMALL", "Lower", "crossings"]

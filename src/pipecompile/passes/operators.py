@@ -1,0 +1,113 @@
+"""The one place that touches torch internals: operator schemas and module buffers.
+
+``tests/passes/test_operators.py`` tells when one of them moves.
+"""
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+aten: Any = torch.ops.aten
+
+
+def is_operator(target: Any) -> bool:
+    """Whether a node's target is one overload of a registered operator."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def is_higher_order(target: Any) -> bool:
+    """Whether a node's target takes sub-graphs (cond, autocast regions)."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def operator_name(node: fx.Node) -> str:
+    """``aten::relu_`` for an operator call, else the empty string."""
+    return str(node.target._schema.name) if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def overload_name(target: Any) -> str:
+    """``Tensor`` of ``aten.add.Tensor``; ``default`` where there is only one."""
+    return str(target._overloadname)
+
+
+def qualified_name(target: Any) -> tuple[str, str, str]:
+    """(namespace, operator, overload) of an operator overload."""
+    namespace, name = target._schema.name.split("::")
+    return namespace, name, overload_name(target)
+
+
+def argument_names(target: Any) -> list[str]:
+    """Names of an operator's arguments, in order."""
+    return [argument.name for argument in target._schema.arguments]
+
+
+def returns_alias(node: fx.Node) -> bool:
+    """Whether the schema says that the result may share storage with an argument."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return any(value.alias_info is not None for value in node.target._schema.returns)
+
+
+def written_args(node: fx.Node) -> list[fx.Node]:
+    """The argument nodes a call writes to, by its operator's schema."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    written: list[fx.Node] = []
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        fx.map_arg(value, written.append)
+    return written
+
+
+def out_of_place(node: fx.Node) -> Any | None:
+    """``aten.add.Tensor`` for a call of ``aten.add_.Tensor``, with the same arguments; else None."""
+    name = operator_name(node)
+    if not name.startswith("aten::") or not name.endswith("_") or name.endswith("__"):
+        return None
+    packet = getattr(aten, name.removeprefix("aten::")[:-1], None)
+    overload = overload_name(node.target)
+    if packet is None or overload not in packet.overloads():
+        return None
+    twin = getattr(packet, overload)
+    return twin if argument_names(twin) == argument_names(node.target) and len(written_args(node)) == 1 else None
+
+
+def is_random(target: Any) -> bool:
+    """Whether a call draws from a random generator."""
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+
+
+@contextmanager
+def not_exporting() -> Generator[None]:
+    """Let code that asks ``torch.compiler.is_exporting()`` believe it runs eagerly.
+
+    Libraries take other paths while exporting (transformers builds attention masks that it skips
+    in eager); the other path computes the same up to rounding only.
+    """
+    flags = ("_is_exporting_flag", "_is_compiling_flag")
+    before = {flag: getattr(torch.compiler, flag) for flag in flags}
+    try:
+        for flag in flags:
+            setattr(torch.compiler, flag, False)
+        yield
+    finally:
+        for flag, value in before.items():
+            setattr(torch.compiler, flag, value)
+
+
+def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """A module's own buffers: the dict itself, so that one can be put back under its name."""
+    return module._buffers
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own parameters: the dict itself."""
+    return module._parameters

@@ -1,0 +1,98 @@
+"""Refine: time each finished stage alone, and cut again where the prediction was off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from pipecompile.ir.graph import ModelGraph
+from pipecompile.ir.measure import Measure
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.profile import Profile
+from pipecompile.ir.program import Program
+from pipecompile.passes.codegen import Codegen, stage_state
+from pipecompile.passes.emit import HEADER, Emitter
+from pipecompile.passes.observe import copies
+from pipecompile.passes.profile import state_for_timing
+
+
+@dataclass(frozen=True)
+class Refine:
+    """Correct a plan by measurement.
+
+    The plan is cut again, at most ``rounds`` times, while the slowest stage takes more than
+    ``tolerance`` longer or shorter than predicted; the plan with the fastest slowest stage wins.
+    ``budget`` is the time in seconds for timing one stage.
+    """
+
+    tolerance: float = 0.10
+    rounds: int = 3
+    budget: float = 0.5
+
+    def apply(
+        self,
+        graph: ModelGraph,
+        module: fx.GraphModule,
+        tensors: Mapping[str, torch.Tensor],
+        leaves: Sequence[Any],
+        profile: Profile,
+        partition: Callable[[Profile], Plan],
+        lower: Callable[[Plan], Program],
+        measure: Measure,
+    ) -> Plan:
+        """The best measured plan among ``partition(profile)`` and its corrections."""
+        plans: list[Plan] = []
+        seen: set[tuple[tuple[int, ...], ...]] = set()
+        for _ in range(self.rounds):
+            plan = partition(profile)
+            cut = tuple(stage.layers for stage in plan.stages)
+            if cut in seen:
+                break
+            seen.add(cut)
+            times = self.time_stages(graph, module, tensors, leaves, plan, lower(plan), measure)
+            stages = tuple(replace(s, measured=t) for s, t in zip(plan.stages, times, strict=True))
+            plans.append(replace(plan, stages=stages))
+            worst = max(stages, key=lambda s: s.load)
+            predicted = max(s.seconds + s.transfer for s in stages)
+            if len(stages) == 1 or abs(worst.load / predicted - 1) <= self.tolerance:
+                break
+            factors = {i: t / s.seconds for s, t in zip(plan.stages, times, strict=True) if s.seconds for i in s.layers}
+            profile = profile.scaled(factors)
+        best = min(plans, key=lambda p: p.slowest)
+        if len(plans) > 1:
+            note = f"cut {len(plans)} times: the slowest stage alone took {plans[0].slowest * 1e3:.3f} ms at first, "
+            best = replace(best, notes=(*best.notes, note + f"{best.slowest * 1e3:.3f} ms in the plan kept"))
+        return best
+
+    def time_stages(
+        self,
+        graph: ModelGraph,
+        module: fx.GraphModule,
+        tensors: Mapping[str, torch.Tensor],
+        leaves: Sequence[Any],
+        plan: Plan,
+        program: Program,
+        measure: Measure,
+    ) -> list[float]:
+        """Median seconds of every stage function, each run alone on real values."""
+        values: dict[str, Any] = dict(zip(graph.inputs, copies(leaves), strict=True))
+        times: list[float] = []
+        for stage in plan.stages:
+            reads = [v for e in program.edges if e.target == stage.index for v in e.values]
+            makes = list(dict.fromkeys(v for e in program.edges if e.source == stage.index for v in e.values))
+            emit = Emitter(graph, module)
+            layers = [graph.layers[i] for i in stage.layers]
+            names = stage_state(emit, layers, makes)
+            text = Codegen().stage_function(emit, "stage", layers, names, reads, makes)
+            source = "\n\n".join([HEADER, *emit.functions.values(), text])
+            arguments = [*state_for_timing(graph, tensors, names), *(values[v] for v in reads)]
+            times.append(measure.stage(source, "stage", arguments, self.budget))
+            namespace: dict[str, Any] = {}
+            exec(compile(source, "<stage>", "exec"), namespace)
+            with torch.no_grad():
+                values.update(zip(makes, namespace["stage"](*copies(arguments)), strict=True))
+        return times

@@ -1,0 +1,133 @@
+"""Trace: nn.Module and example inputs -> ModelGraph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from pipecompile.errors import TraceError
+from pipecompile.ir.graph import ModelGraph, OutputRef
+from pipecompile.ir.tree import Tree, flatten
+from pipecompile.passes import clean
+from pipecompile.passes.capture import Capture, capture
+from pipecompile.passes.check import compare_with_eager, exact, run_once
+from pipecompile.passes.layers import find_layers, free_nodes
+from pipecompile.passes.observe import Observation, copies, observe
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model's graph, and its own tensors by placeholder name (not copies)."""
+
+    graph: ModelGraph
+    tensors: dict[str, torch.Tensor]
+    module: fx.GraphModule
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Capture a model in eval mode as a graph of layers.
+
+    ``leaf`` names modules never cut inside: path patterns (``"encoder.*"``) or module classes.
+    ``dynamic_shapes`` is as for ``torch.export.export``.
+    """
+
+    leaf: tuple[str | type[nn.Module], ...] = ()
+    dynamic_shapes: Any | None = None
+
+    def apply(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
+        """Trace ``model(*args, **kwargs)``; the model's mode, buffers and random state stay as they are.
+
+        Raises:
+            TraceError: if the model cannot be captured, or the graph differs from eager.
+        """
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            # Caches of the libraries a model uses must be filled by a real call, not by capture.
+            run_once(model, args, kwargs)
+            try:
+                return self._attempt(model, args, kwargs, as_eager=True)
+            except TraceError as error:
+                try:
+                    return self._attempt(model, args, kwargs, as_eager=False)
+                except TraceError:
+                    raise error from error.__cause__
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+    def _attempt(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, as_eager: bool) -> Traced:
+        with exact(model):
+            found = capture(model, args, kwargs, self.dynamic_shapes, as_eager=as_eager)
+            leaves, _ = flatten((tuple(args), dict(kwargs)))
+            seen = _prepare(found, leaves)
+        compare_with_eager(model, found.module, found.tensors, args, kwargs)
+        return Traced(self._graph(model, found, seen), found.tensors, found.module, found.parameters)
+
+    def _graph(self, model: nn.Module, found: Capture, seen: Observation) -> ModelGraph:
+        graph = found.module.graph
+        free = free_nodes(graph, seen)
+        layers = find_layers(graph, seen, free, self._leaf_patterns(model))
+        outputs, out_tree = _outputs(found)
+        written = {root.name for roots in seen.writes.values() for root in roots}
+        state = tuple(replace(entry, mutated=entry.name in written) for entry in found.state)
+        crossing = {value for layer in layers for value in layer.makes} | {ref.name for ref in outputs}
+        values = {name: spec for name, spec in seen.specs.items() if name in crossing or name in found.inputs}
+        return ModelGraph(
+            type(model).__name__,
+            "eval",
+            graph,
+            layers,
+            free,
+            values,
+            state,
+            found.inputs,
+            outputs,
+            found.in_tree,
+            out_tree,
+            found.symbols,
+        )
+
+    def _leaf_patterns(self, model: nn.Module) -> list[str]:
+        classes = tuple(entry for entry in self.leaf if isinstance(entry, type))
+        paths = [name for name, module in model.named_modules() if classes and isinstance(module, classes)]
+        return [entry for entry in self.leaf if isinstance(entry, str)] + paths
+
+
+def _prepare(found: Capture, leaves: list[Any]) -> Observation:
+    """Clean the graph until nothing changes, and observe the result."""
+    inputs = copies(leaves)
+    clean.remove_no_ops(found.module)
+    seen = observe(found.module, found.tensors, inputs)
+    for rewrite in (clean.copy_mutated_inputs, clean.copy_mutated_outputs, clean.functionalise):
+        if rewrite(found.module.graph, seen):
+            found.module.recompile()
+            seen = observe(found.module, found.tensors, inputs)
+    return seen
+
+
+def _outputs(found: Capture) -> tuple[tuple[OutputRef, ...], Tree]:
+    """Where each leaf of the result comes from; a size that export made constant leaves the tree."""
+    (output,) = found.module.graph.find_nodes(op="output")
+    leaves: Any = output.args[0]
+    refs: list[OutputRef] = []
+    rest = iter(leaves)
+
+    def visit(tree: Tree) -> Tree:
+        if tree.kind != "leaf":
+            return replace(tree, children=tuple(visit(child) for child in tree.children))
+        leaf = next(rest)
+        if not isinstance(leaf, fx.Node):
+            return Tree("const", const=leaf)
+        kind = "value" if leaf.op == "call_function" else "input" if leaf.name in found.inputs else "state"
+        refs.append(OutputRef(kind, leaf.name))
+        return tree
+
+    out_tree = visit(found.out_tree)
+    return tuple(refs), out_tree

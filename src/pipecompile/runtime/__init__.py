@@ -1,0 +1,1 @@
+"""Runs a Package: worker processes, channels, the inline executor."""

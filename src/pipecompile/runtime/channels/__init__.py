@@ -1,0 +1,1 @@
+"""How a device talks to another: one protocol, several carriers."""

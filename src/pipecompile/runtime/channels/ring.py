@@ -1,0 +1,260 @@
+"""Rings of preallocated slots and their two ends; a carrier only adds memory and signals.
+
+A receiver posts a slot (one credit to the sender), the sender fills it and announces it (one
+arrival to the receiver). Posting message ``i + slots`` gives the slot of message ``i`` away, so
+there is no separate release. Both ends count for themselves and ask the carrier only when their
+count is used up.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from pipecompile.errors import PipelineError
+from pipecompile.ir.cluster import Link
+from pipecompile.ir.graph import ALIGNMENT
+from pipecompile.ir.program import Edge
+from pipecompile.runtime.channels.cells import Cell, capacity, make_cell
+
+_HEADER = ALIGNMENT
+_SEQUENCE, _FLAGS, _SENT = 0, 1, 2
+_END = 1
+
+clock = time.monotonic
+
+
+class Signal(Protocol):
+    """A counter one side adds to and the other side empties."""
+
+    @property
+    def add(self) -> Callable[[], Any]:
+        """Add one and wake who waits."""
+        ...
+
+    @property
+    def wait(self) -> Callable[[], int]:
+        """Block until the counter is positive, empty it and return what it held."""
+        ...
+
+    @property
+    def read(self) -> Callable[[], int]:
+        """Empty the counter without blocking and return what it held (perhaps 0)."""
+        ...
+
+
+@dataclass(frozen=True)
+class RingLayout:
+    """Where everything lies in the memory of an edge: ``slots`` times header and cells."""
+
+    edge: Edge
+    rooms: tuple[int, ...]
+
+    @classmethod
+    def of(cls, edge: Edge, sizes: Mapping[str, int]) -> RingLayout:
+        """Both ends compute the same layout from the edge and the bounds of its dynamic sizes."""
+        return cls(edge, tuple(capacity(spec, sizes) for spec in edge.specs))
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes from one slot to the next."""
+        return _HEADER + sum(self.rooms)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole ring."""
+        return self.slot_nbytes * self.edge.slots
+
+
+class Slot:
+    """One place for a message. ``values`` holds the views where they never change."""
+
+    __slots__ = ("cells", "clock", "header", "posted", "values")
+
+    def __init__(self, memory: mmap.mmap, layout: RingLayout, index: int) -> None:
+        start = layout.slot_nbytes * index
+        words = memoryview(memory)[start : start + _HEADER]
+        self.header, self.clock = words.cast("q"), words.cast("d")
+        self.posted = 0.0
+        cells: list[Cell] = []
+        at = start + _HEADER
+        for name, spec, room in zip(layout.edge.values, layout.edge.specs, layout.rooms, strict=True):
+            cells.append(make_cell(memory, at, name, spec, room))
+            at += room
+        self.cells = tuple(cells)
+        fixed = all(spec.kind == "tensor" and not spec.dynamic for spec in layout.edge.specs)
+        self.values: tuple[Any, ...] | None = tuple(cell.load() for cell in cells) if fixed else None
+
+
+def make_slots(memory: mmap.mmap, layout: RingLayout) -> tuple[Slot, ...]:
+    """All slots of a ring. Their views must be ordinary tensors, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.no_grad():
+        return tuple(Slot(memory, layout, index) for index in range(layout.edge.slots))
+
+
+class RingSender:
+    """The sending end. ``sample`` is the next message to put."""
+
+    __slots__ = ("_add", "_count", "_credit", "_read", "_slots", "_wait", "edge", "index", "sample")
+
+    def __init__(self, edge: Edge, slots: tuple[Slot, ...], arrivals: Signal, credits: Signal, index: int = 0) -> None:
+        self.edge, self.index, self.sample = edge.name, index, 0
+        self._slots, self._count, self._credit = slots, len(slots), 0
+        self._add, self._wait, self._read = arrivals.add, credits.wait, credits.read
+
+    def ready(self) -> bool:
+        """Whether the receiver has posted a slot."""
+        if not self._credit:
+            self._credit = self._read()
+        return self._credit > 0
+
+    def take(self) -> None:
+        """Block until the receiver has posted a slot."""
+        if not self._credit:
+            self._credit = self._wait()
+
+    def refill(self) -> None:
+        """Count the slots posted, without blocking."""
+        self._credit += self._read()
+
+    def check(self, values: tuple[Any, ...]) -> None:
+        """Raise :class:`InputError` if the values do not fit, before anything is written."""
+        for cell, value in zip(self._slots[0].cells, values, strict=True):
+            cell.check(value)
+
+    def put(self, sample: int, *values: Any) -> None:
+        """Copy the values into the slot of message ``sample`` and signal the receiver.
+
+        Raises:
+            PipelineError: if the message is out of turn or no slot is posted.
+            InputError: if a value does not fit its spec.
+        """
+        slot = self._turn(sample)
+        for cell, value in zip(slot.cells, values, strict=True):
+            cell.store(value)
+        self._announce(slot, 0)
+
+    def end(self) -> None:
+        """Tell the receiver that no message follows (needs a posted slot)."""
+        self._announce(self._turn(self.sample), _END)
+
+    def _turn(self, sample: int) -> Slot:
+        if sample != self.sample:
+            raise PipelineError(f"edge {self.edge}: message {sample} was put when {self.sample} was due")
+        if not self._credit:
+            raise PipelineError(f"edge {self.edge}: message {sample} was put into a slot that is not posted")
+        return self._slots[sample % self._count]
+
+    def _announce(self, slot: Slot, flags: int) -> None:
+        slot.header[_SEQUENCE] = self.sample
+        slot.header[_FLAGS] = flags
+        slot.clock[_SENT] = clock()
+        self._credit -= 1
+        self.sample += 1
+        self._add()
+
+
+class RingReceiver:
+    """The receiving end. ``sample`` is the next message to take.
+
+    With a ``throttle`` a message counts as arrived only when a link of that latency and
+    bandwidth, carrying one message at a time, would have delivered it.
+    """
+
+    __slots__ = (
+        "_add", "_count", "_due", "_last", "_posted", "_read", "_slots", "_throttle", "_wait", "available", "edge",
+        "ended", "index", "sample",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        edge: Edge,
+        slots: tuple[Slot, ...],
+        arrivals: Signal,
+        credits: Signal,
+        index: int = 0,
+        throttle: Link | None = None,
+    ) -> None:
+        self.edge, self.index, self.sample, self.available, self.ended = edge.name, index, 0, 0, False
+        self._slots, self._count, self._posted = slots, len(slots), 0
+        self._add, self._wait, self._read = credits.add, arrivals.wait, arrivals.read
+        self._throttle, self._last, self._due = throttle, 0.0, -1.0
+
+    def post(self, sample: int) -> None:
+        """Offer the sender a slot for message ``sample``.
+
+        Raises:
+            PipelineError: if it is out of turn, or its slot holds a message not yet taken.
+        """
+        if sample != self._posted or sample - self.sample >= self._count:
+            raise PipelineError(
+                f"edge {self.edge}: message {sample} was posted when {self._posted} was due and {self.sample} was next "
+                f"to take ({self._count} slots)"
+            )
+        self._posted = sample + 1
+        if self._throttle is not None:
+            self._slots[sample % self._count].posted = clock()
+        self._add()
+
+    def refill(self) -> None:
+        """Count what has arrived, without blocking."""
+        self.available += self._read()
+
+    def ready(self) -> bool:
+        """Whether the next message is there."""
+        if not self.available:
+            self.available = self._read()
+        return self.available > 0 and self.delay() <= 0.0
+
+    def delay(self) -> float:
+        """Seconds until the throttle delivers the next available message; 0 without one."""
+        return 0.0 if self._throttle is None or not self.available else max(0.0, self._delivery() - clock())
+
+    def take(self) -> tuple[Any, ...] | None:
+        """The values of the next message, in place, or None at the end. Blocks until it is there."""
+        slot = self._next()
+        if slot is None:
+            return None
+        if slot.values is not None:
+            return slot.values
+        return tuple([cell.load() for cell in slot.cells])
+
+    def own(self) -> list[Any] | None:
+        """As :meth:`take`, but the values own their memory."""
+        slot = self._next()
+        return None if slot is None else [cell.own() for cell in slot.cells]
+
+    def _next(self) -> Slot | None:
+        if self.ended:
+            raise PipelineError(f"edge {self.edge}: a message was awaited after the end of the stream")
+        if not self.available:
+            self.available = self._wait()
+        if self._throttle is not None:
+            while (remaining := self._delivery() - clock()) > 0:
+                time.sleep(remaining)
+            self._last, self._due = self._due, -1.0
+        self.available -= 1
+        sample = self.sample
+        slot = self._slots[sample % self._count]
+        if slot.header[_SEQUENCE] != sample:
+            found = slot.header[_SEQUENCE]
+            raise PipelineError(f"edge {self.edge}: message {sample} was due, but its slot holds {found}")
+        if slot.header[_FLAGS]:
+            self.ended = True
+            return None
+        self.sample = sample + 1
+        return slot
+
+    def _delivery(self) -> float:
+        """When the throttle delivers the message due (known to have been sent)."""
+        if self._due < 0.0:
+            slot = self._slots[self.sample % self._count]
+            self._due = max(slot.clock[_SENT], slot.posted, self._last)
+            if self._throttle is not None and not slot.header[_FLAGS]:
+                self._due += self._throttle.seconds(sum(cell.size() for cell in slot.cells))
+        return self._due

@@ -1,0 +1,94 @@
+"""Edges between processes of one machine: memory from memfd, signals by eventfd, no names anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import select
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from pipecompile.errors import PipelineError
+from pipecompile.ir.cluster import Link
+from pipecompile.ir.program import Edge
+from pipecompile.runtime.channels.ring import RingLayout, RingReceiver, RingSender, make_slots
+
+
+def allocate(name: str, nbytes: int) -> int:
+    """The descriptor of ``nbytes`` (at least one page) of anonymous shared memory.
+
+    Raises:
+        PipelineError: where the platform has no memfd or no memory left.
+    """
+    if not hasattr(os, "memfd_create") or not hasattr(os, "eventfd"):
+        raise PipelineError("worker processes need Linux (memfd and eventfd); use the inline executor here")
+    try:
+        fd = os.memfd_create(f"pipecompile-{name}", os.MFD_CLOEXEC)
+    except OSError as error:
+        raise PipelineError(f"cannot create shared memory for {name}: {error}; use the inline executor") from error
+    try:
+        os.ftruncate(fd, max(nbytes, mmap.PAGESIZE))
+    except OSError as error:
+        os.close(fd)
+        raise PipelineError(f"cannot reserve {nbytes} bytes of shared memory for {name}: {error}") from error
+    return fd
+
+
+def attach(fd: int) -> mmap.mmap:
+    """Map all of a descriptor made by :func:`allocate`, shared and writable."""
+    mapped = mmap.mmap(fd, 0)
+    # Large pages where the system offers them on request; elsewhere this changes nothing.
+    with contextlib.suppress(OSError):
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    return mapped
+
+
+class EventSignal:
+    """An eventfd. The descriptor blocks: only its one reader reads, after a poll where it must not block."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.add = partial(os.eventfd_write, fd, 1)
+        self.wait = partial(os.eventfd_read, fd)
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN)
+
+    def read(self) -> int:
+        """Empty the counter without blocking and return what it held (perhaps 0)."""
+        return os.eventfd_read(self.fd) if self._poll.poll(0) else 0
+
+
+@dataclass(frozen=True)
+class SharedEdge:
+    """The descriptors of one edge, in whichever process they are open."""
+
+    layout: RingLayout
+    memory: int
+    arrivals: int
+    credits: int
+
+    @classmethod
+    def create(cls, edge: Edge, sizes: Mapping[str, int]) -> SharedEdge:
+        """Allocate memory and signals. The caller closes the descriptors."""
+        layout = RingLayout.of(edge, sizes)
+        memory = allocate(edge.name, layout.nbytes)
+        arrivals, credits = (os.eventfd(0, os.EFD_CLOEXEC) for _ in range(2))
+        return cls(layout, memory, arrivals, credits)
+
+    @property
+    def fds(self) -> tuple[int, int, int]:
+        """Everything that has to be passed on and closed."""
+        return self.memory, self.arrivals, self.credits
+
+    def sender(self, index: int = 0) -> RingSender:
+        """The sending end. Make at most one of each end per edge."""
+        slots = make_slots(attach(self.memory), self.layout)
+        return RingSender(self.layout.edge, slots, EventSignal(self.arrivals), EventSignal(self.credits), index)
+
+    def receiver(self, index: int = 0, throttle: Link | None = None) -> RingReceiver:
+        """The receiving end."""
+        slots = make_slots(attach(self.memory), self.layout)
+        arrivals, credits = EventSignal(self.arrivals), EventSignal(self.credits)
+        return RingReceiver(self.layout.edge, slots, arrivals, credits, index, throttle)

@@ -1,0 +1,90 @@
+"""Drives the generated module of one device inside a worker process."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pipecompile.ir.cluster import Link
+from pipecompile.ir.program import Program
+from pipecompile.runtime import numerics
+from pipecompile.runtime.arena import open_state
+from pipecompile.runtime.channels.link import DeviceLink, ports_of
+from pipecompile.runtime.channels.ring import RingLayout, RingReceiver, RingSender, clock
+from pipecompile.runtime.channels.shared_memory import SharedEdge, attach
+from pipecompile.runtime.module import describe, execute
+from pipecompile.runtime.records import Records
+
+
+def run(boot: dict[str, Any], ready: Callable[[], None]) -> dict[str, Any] | None:
+    """Run the device described by the boot message until its stream ends.
+
+    Calls ``ready`` when the module waits for its first message. Returns the description of the
+    exception the module raised, or None. Any other failure (imports, syntax) is raised.
+    """
+    torch.set_num_threads(boot["threads"])
+    torch.set_num_interop_threads(1)
+    torch.backends.mha.set_fastpath_enabled(False)
+    numerics.restore(boot["numerics"])
+    # Not inference_mode: in-place changes of shared weights must stay possible.
+    torch.set_grad_enabled(False)
+    for name in boot["imports"]:
+        importlib.import_module(name)
+    namespace = execute(boot["source"], boot["filename"])
+    state = open_state(boot["arenas"], boot["state"])
+    ports = _ports(boot)
+    records = Records(attach(boot["records"]), len(ports))
+    for fd in (*boot["arenas"], boot["records"], *(fds[0] for fds in boot["edges"].values())):
+        os.close(fd)
+    try:
+        _drive(namespace["run"](DeviceLink(state, ports)), records, ready)
+    except Exception as error:
+        last = records.last()
+        sample = -1 if last is None else last.sample
+        failure = describe(error, boot["filename"], boot["device"], boot["stages"], sample)
+        return {"kind": "error", **failure.to_json()}
+    return None
+
+
+def _drive(steps: Any, records: Records, ready: Callable[[], None]) -> None:
+    """Hand control back and forth between the module and the ports it waits for."""
+    try:
+        port = next(steps)
+    except StopIteration:
+        ready()
+        return
+    ready()
+    count, log, capacity, resume = records.count, records.log, records.capacity, steps.send
+    number = 0
+    try:
+        while True:
+            at = (number % capacity) * 4
+            number += 1
+            log[at] = port.index
+            log[at + 1] = port.sample
+            log[at + 3] = 0.0
+            log[at + 2] = clock()
+            count[0] = number
+            value = port.take()
+            log[at + 3] = clock()
+            port = resume(value)
+    except StopIteration:
+        return
+
+
+def _ports(boot: dict[str, Any]) -> list[RingReceiver | RingSender]:
+    edges = Program.from_json(boot["program"]).edges
+    made: list[RingReceiver | RingSender] = []
+    for index, port in enumerate(ports_of(edges, boot["stages"])):
+        name = port.edge.name
+        shared = SharedEdge(RingLayout.of(port.edge, boot["sizes"]), *boot["edges"][name])
+        throttle = boot["throttle"].get(name)
+        if port.receives:
+            made.append(shared.receiver(index, Link(*throttle) if throttle else None))
+        else:
+            made.append(shared.sender(index))
+    return made

@@ -1,0 +1,155 @@
+"""The caller's side of a pipeline: samples in, results out, whatever carries them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pipecompile.errors import InputError, ProgramError
+from pipecompile.ir.package import Package
+from pipecompile.ir.program import HOST
+from pipecompile.runtime.channels.ring import RingReceiver, RingSender, clock
+from pipecompile.runtime.records import SAMPLES
+
+
+class Host:
+    """The ports of the caller and the order of leaves, worked out once.
+
+    ``submitted`` and ``delivered`` count samples. Submitting and collecting touch separate parts,
+    so one thread may do the one while another does the other.
+    """
+
+    def __init__(
+        self, package: Package, senders: Mapping[str, RingSender], receivers: Mapping[str, RingReceiver]
+    ) -> None:
+        inputs = [edge for edge in package.program.edges if edge.source == HOST]
+        outputs = [edge for edge in package.program.edges if edge.target == HOST]
+        if not inputs or not outputs:
+            raise ProgramError("the program needs an edge from the host and one to the host")
+        position = {name: i for i, name in enumerate(package.input_names)}
+        try:
+            self._inputs = [(senders[e.name], tuple(position[value] for value in e.values)) for e in inputs]
+        except KeyError as error:
+            raise ProgramError(f"an edge from the host carries {error}, which is no input of the model") from None
+        self._leaves = len(package.inputs)
+        self._several = len(inputs) > 1
+        self._slots = {edge.name: edge.slots for edge in outputs}
+        self.senders = tuple(sender for sender, _ in self._inputs)
+        self.receivers = tuple(receivers[edge.name] for edge in outputs)
+        found = {value: (e, v) for e, edge in enumerate(outputs) for v, value in enumerate(edge.values)}
+        self._names = [(ref.kind, ref.name) for ref in package.outputs]
+        missing = [ref.name for ref in package.outputs if ref.kind == "value" and ref.name not in found]
+        if missing:
+            raise ProgramError(f"no edge brings {missing} to the host")
+        plain = all(ref.kind == "value" for ref in package.outputs)
+        self._plain = [found[ref.name] for ref in package.outputs] if plain else None
+        self._value_at, self._position = found, position
+        self._keep = deque[Sequence[Any]]() if any(ref.kind == "input" for ref in package.outputs) else None
+        self.submitted = self.delivered = 0
+        self.started: deque[float] = deque(maxlen=SAMPLES)
+        self.finished: deque[float] = deque(maxlen=SAMPLES)
+
+    def open(self) -> None:
+        """Post every slot of the output rings."""
+        for receiver in self.receivers:
+            for sample in range(self._slots[receiver.edge]):
+                receiver.post(sample)
+
+    def room(self) -> bool:
+        """Whether every input ring has a posted slot."""
+        return all(sender.ready() for sender in self.senders)
+
+    def submit(self, leaves: Sequence[Any]) -> int | None:
+        """Put one sample into the input rings, or return None where one has no posted slot."""
+        if len(leaves) != self._leaves:
+            raise InputError(f"the pipeline takes {self._leaves} tensors and numbers, got {len(leaves)}")
+        for sender in self.senders:
+            if not sender.ready():
+                return None
+        sample = self.submitted
+        # A copy out of a tensor that requires grad would make the slot part of its graph.
+        if torch.is_grad_enabled():
+            leaves = [leaf.detach() if getattr(leaf, "requires_grad", False) else leaf for leaf in leaves]
+        if self._several:
+            # All or nothing: no ring may get a sample that another one refuses.
+            for sender, where in self._inputs:
+                sender.check(tuple([leaves[i] for i in where]))
+        # Counted first: the result may arrive, in another thread, before put() returns.
+        self.started.append(clock())
+        if self._keep is not None:
+            self._keep.append(leaves)
+        self.submitted = sample + 1
+        try:
+            for sender, where in self._inputs:
+                sender.put(sample, *[leaves[i] for i in where])
+        except BaseException:
+            if self.senders[0].sample == sample:
+                self.submitted = sample
+                self.started.pop()
+                if self._keep is not None:
+                    self._keep.pop()
+            raise
+        return sample
+
+    def arrived(self) -> bool:
+        """Whether the next result is complete, as far as already counted."""
+        return all(receiver.available and receiver.delay() <= 0.0 for receiver in self.receivers)
+
+    def delay(self) -> float:
+        """Seconds until throttled messages that are here count as arrived."""
+        return max([receiver.delay() for receiver in self.receivers])
+
+    def collect(self, weights: Mapping[str, torch.Tensor]) -> tuple[int, list[Any]]:
+        """Take the next result, which must have arrived, and post its slots anew."""
+        sample = self.delivered
+        messages: list[list[Any]] = []
+        for receiver in self.receivers:
+            message = receiver.own()
+            assert message is not None, "the stream ended before its last result"
+            messages.append(message)
+            receiver.post(sample + self._slots[receiver.edge])
+        self.delivered = sample + 1
+        self.finished.append(clock())
+        if self._plain is not None:
+            return sample, [messages[e][v] for e, v in self._plain]
+        leaves = self._keep.popleft() if self._keep is not None else ()
+        return sample, [self._leaf(kind, name, messages, leaves, weights) for kind, name in self._names]
+
+    def drop(self) -> None:
+        """Take what has arrived without looking at it, so that the devices can go on to their end."""
+        for receiver in self.receivers:
+            while not receiver.ended and receiver.ready():
+                sample = receiver.sample
+                if receiver.take() is not None:
+                    receiver.post(sample + self._slots[receiver.edge])
+
+    def forget(self) -> None:
+        """Let go of the rings' memory; counts and times stay."""
+        self.senders, self.receivers, self._inputs = (), (), []
+
+    def _leaf(
+        self,
+        kind: str,
+        name: str,
+        messages: list[list[Any]],
+        leaves: Sequence[Any],
+        weights: Mapping[str, torch.Tensor],
+    ) -> Any:
+        if kind == "input":
+            return leaves[self._position[name]]
+        if kind == "state":
+            return weights[name]
+        e, v = self._value_at[name]
+        return messages[e][v]
+
+    def times(self) -> tuple[dict[int, float], dict[int, float]]:
+        """Sample -> time of submission and of delivery, for the latest samples."""
+        started, finished = list(self.started), list(self.finished)
+        first, done = self.submitted - len(started), self.delivered - len(finished)
+        return (
+            {first + i: time for i, time in enumerate(started)},
+            {done + i: time for i, time in enumerate(finished)},
+        )

@@ -1,0 +1,189 @@
+"""Timings on this machine for the passes that ask for them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import select
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import torch
+
+from pipecompile.ir.cluster import Link
+from pipecompile.ir.graph import TensorSpec
+from pipecompile.ir.program import Edge
+from pipecompile.runtime.allocator import keeping
+from pipecompile.runtime.channels.shared_memory import SharedEdge
+from pipecompile.runtime.module import execute
+from pipecompile.runtime.numerics import stage_mode
+
+_WARM_UP = 2
+_MIN_REPEATS = 3
+
+#: The other end of a measured edge, in a bare interpreter: reads each message once, as a stage would.
+_ECHO = """
+import mmap, os, signal, sys
+signal.alarm(10)
+memory, arrivals, credits, start, nbytes, count = map(int, sys.argv[1:])
+mapped = memoryview(mmap.mmap(memory, 0))
+os.eventfd_write(credits, 1)
+while count > 0:
+    for _ in range(os.eventfd_read(arrivals)):
+        bytes(mapped[start:start + nbytes])
+        count -= 1
+        os.eventfd_write(credits, 1)
+"""
+
+
+class CpuMeasure:
+    """Implements :class:`pipecompile.ir.measure.Measure` in the caller's process, on one core.
+
+    ``core`` is the one to measure on; by default the last this process may use.
+    """
+
+    def __init__(self, core: int | None = None, threads: int = 1) -> None:
+        self._core, self._threads = core, threads
+
+    def layers(
+        self, source: str, arguments: Sequence[Any], marks: int, budget: float
+    ) -> tuple[list[float], float, int]:
+        """Median seconds of each layer in its place, of the whole, and the repeats. See ``Measure``."""
+        model = execute(source, "<measured model>")["model"]
+        now = time.perf_counter
+        stamps = [0.0] * marks
+
+        def clock(layer: int) -> None:
+            stamps[layer] = now()
+
+        runs: list[list[float]] = []
+
+        def once() -> float:
+            begin = now()
+            model(clock, *arguments)
+            whole = now() - begin
+            runs.append([end - start for start, end in zip([begin, *stamps], stamps, strict=False)])
+            return whole
+
+        with self._quiet(arguments):
+            wholes = _repeat(once, budget)
+        timed = runs[-len(wholes) :]
+        return (
+            [statistics.median(column) for column in zip(*timed, strict=True)],
+            statistics.median(wholes),
+            len(wholes),
+        )
+
+    def stage(self, source: str, function: str, arguments: Sequence[Any], budget: float) -> float:
+        """Median seconds of one stage function. See ``Measure``."""
+        run = execute(source, "<measured stage>")[function]
+        now = time.perf_counter
+
+        def once() -> float:
+            begin = now()
+            run(*arguments)
+            return now() - begin
+
+        with self._quiet(arguments):
+            return statistics.median(_repeat(once, budget))
+
+    def link(self) -> Link:
+        """Busy time of a sender's end, from messages of 4 KiB and 4 MiB to another process.
+
+        Time on the processor, so that waiting for the other end does not count. Where the
+        platform has no shared memory the default link is returned.
+        """
+        small, large = 1 << 12, 1 << 22
+        try:
+            with self._quiet(()):
+                low, high = _busy(small, 300), _busy(large, 40)
+        except (OSError, TimeoutError, AttributeError):
+            return Link()
+        slope = max((high - low) / (large - small), 1e-12)
+        return Link(latency=max(low - slope * small, 1e-6), bandwidth=1.0 / slope)
+
+    @contextlib.contextmanager
+    def _quiet(self, arguments: Sequence[Any]) -> Generator[None]:
+        """One core, few threads, no collections; the arguments are left as they were found."""
+        kept = [(a, a.clone()) for a in arguments if isinstance(a, torch.Tensor) and not a.requires_grad]
+        versions = [_version(tensor) for tensor, _ in kept]
+        collecting = gc.isenabled()
+        with stage_mode(self._threads), self._pinned(), keeping():
+            gc.disable()
+            try:
+                yield
+            finally:
+                if collecting:
+                    gc.enable()
+                for (tensor, copy), version in zip(kept, versions, strict=True):
+                    if _version(tensor) != version:
+                        tensor.copy_(copy)
+
+    @contextlib.contextmanager
+    def _pinned(self) -> Generator[None]:
+        if not hasattr(os, "sched_getaffinity"):
+            yield
+            return
+        before = os.sched_getaffinity(0)
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, {max(before) if self._core is None else self._core})
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, before)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _repeat(once: Callable[[], float], budget: float) -> list[float]:
+    for _ in range(_WARM_UP):
+        once()
+    deadline = time.perf_counter() + budget
+    times: list[float] = []
+    while len(times) < _MIN_REPEATS or time.perf_counter() < deadline:
+        times.append(once())
+    return times
+
+
+def _busy(nbytes: int, count: int) -> float:
+    """Mean processor seconds a sender spends on a message while a second process receives."""
+    spec = TensorSpec((nbytes,), "uint8", (1,))
+    shared = SharedEdge.create(Edge(0, 1, ("message",), (spec,), 0, 1), {})
+    value = torch.ones(nbytes, dtype=torch.uint8)
+    start = shared.layout.slot_nbytes - shared.layout.rooms[0]
+    warm = count // 10
+    numbers = [*shared.fds, start, nbytes, count + warm]
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _ECHO, *map(str, numbers)], pass_fds=shared.fds, stdin=subprocess.DEVNULL
+    ) as child:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(child.pid, set(range(os.cpu_count() or 1)) - os.sched_getaffinity(0))
+        try:
+            return _send(shared, value, warm, count)
+        finally:
+            child.kill()
+            for fd in shared.fds:
+                os.close(fd)
+
+
+def _send(shared: SharedEdge, value: torch.Tensor, warm: int, count: int) -> float:
+    sender = shared.sender()
+    poller = select.poll()
+    poller.register(shared.credits, select.POLLIN)
+    busy = 0.0
+    for number in range(warm + count):
+        if not poller.poll(2000):
+            raise TimeoutError
+        begin = time.thread_time()
+        sender.take()
+        sender.put(number, value)
+        if number >= warm:
+            busy += time.thread_time() - begin
+    return busy / count

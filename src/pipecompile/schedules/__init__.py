@@ -1,0 +1,1 @@
+"""Schedules as pure functions from a Plan to a compute-only order."""

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import gc
+import os
+
+import pytest
+import torch
+
+from pipecompile.runtime.measure import CpuMeasure
+
+MODEL = """
+import time, torch
+def model(clock, weight, counter, x):
+    assert not torch.is_grad_enabled() and torch.get_num_threads() == 1
+    time.sleep(0.002)
+    clock(0)
+    counter.add_(1)
+    x.mul_(0)
+    clock(1)
+    time.sleep(0.006)
+    clock(2)
+    return x @ weight
+def stage_0(counter):
+    counter.add_(1)
+    time.sleep(0.003)
+def broken():
+    raise ValueError("as asked")
+"""
+
+
+def arguments() -> list[torch.Tensor]:
+    return [torch.ones(2, 2, requires_grad=True), torch.zeros(()), torch.ones(2, 2)]
+
+
+def test_layers_are_timed_in_place_and_arguments_left_alone() -> None:
+    values = arguments()
+    threads, affinity = torch.get_num_threads(), os.sched_getaffinity(0)
+    layers, whole, repeats = CpuMeasure().layers(MODEL, values, 3, 0.1)
+    assert len(layers) == 3
+    assert repeats >= 3
+    assert layers[0] >= 0.002
+    assert layers[2] >= 0.006
+    assert layers[1] < layers[0] < layers[2]
+    assert whole >= 0.008
+    assert values[1] == 0
+    assert torch.equal(values[2], torch.ones(2, 2))
+    assert (torch.get_num_threads(), os.sched_getaffinity(0)) == (threads, affinity)
+    assert gc.isenabled()
+    assert torch.is_grad_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_stage() -> None:
+    counter = torch.zeros(())
+    assert CpuMeasure().stage(MODEL, "stage_0", [counter], 0.02) >= 0.003
+    assert counter == 0
+
+
+def test_settings_come_back_after_an_error() -> None:
+    threads, affinity = torch.get_num_threads(), os.sched_getaffinity(0)
+    with pytest.raises(ValueError, match="as asked"):
+        CpuMeasure().stage(MODEL, "broken", [], 0.01)
+    assert (torch.get_num_threads(), os.sched_getaffinity(0)) == (threads, affinity)
+    assert gc.isenabled()
+
+
+def test_link_is_measured_and_leaves_nothing() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    link = CpuMeasure().link()
+    assert 0 < link.latency < 0.1
+    assert 1e6 < link.bandwidth < 1e13
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
