@@ -43,7 +43,7 @@ class TorchPipeline:
         for rank, module in enumerate(pipe.package.modules):
             here, there = context.Pipe()
             tensors = [state[n].detach().clone() for n in module.state]
-            job = (rank, module.source, tensors, [s for s in edges["host>0"].specs], [s for s in edges["0>1"].specs])
+            job = (rank, module.source, tensors, edges["host>0"].specs, edges["0>1"].specs)
             arguments = (there, f"file://{self._folder.name}/store", job, edges["1>host"].specs, micro_batches)
             process = context.Process(target=_rank, args=arguments, daemon=True)
             process.start()

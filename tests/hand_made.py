@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import fx
 
@@ -84,6 +86,9 @@ def chain_program(stages: int, ahead: int = 2) -> Program:
     return program([(ends[i], ends[i + 1], ahead) for i in range(stages + 1)], stages)
 
 
+#: How long a busy machine takes says nothing about the code.
+RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
 FREE_LINK = Link(0.0, float("inf"))
 
 
@@ -102,7 +107,7 @@ def random_models(draw: st.DrawFn) -> tuple[ModelGraph, Plan]:
     sizes = draw(st.dictionaries(st.sampled_from(names), st.sampled_from([1, 10**5, 10**7]), max_size=4))
     cuts = sorted(draw(st.sets(st.integers(1, layers - 1), max_size=4))) if layers > 1 else []
     bounds = [0, *cuts, layers]
-    stages = [list(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    stages = [list(range(a, b)) for a, b in pairwise(bounds)]
     seconds = draw(st.lists(st.integers(0, 8), min_size=len(stages), max_size=len(stages)))
     return (
         graph(reads, outputs, inputs=inputs, free=free, elements=sizes),

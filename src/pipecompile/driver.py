@@ -91,9 +91,9 @@ def compile(
     cluster = make_cluster(devices)
     tell("trace", 0.0)
     traced = Trace(tuple(leaf), dynamic_shapes).apply(model, args, kwargs)
-    compiler = _Compiler(traced, flatten((args, kwargs))[0], CpuMeasure(), Lower(ahead), time_limit)
+    compiler = _Compiler(traced, flatten((args, kwargs))[0], CpuMeasure(), Lower(ahead), time_limit, profile_seconds)
     tell("profile", 0.3)
-    profile = compiler.profile(profile_seconds, use_cache)
+    profile = compiler.profile(use_cache)
     tell("partition", 0.6)
     cluster = replace(cluster, link=profile.link)
     plan = compiler.plan(profile, cluster)
@@ -172,10 +172,11 @@ class _Compiler:
     measure: Measure
     lower: Lower
     time_limit: float
+    seconds: float
 
-    def profile(self, seconds: float, use_cache: bool) -> Profile:
+    def profile(self, use_cache: bool) -> Profile:
         graph, module = self.traced.graph, self.traced.module
-        step = ProfileLayers(seconds)
+        step = ProfileLayers(self.seconds)
         found = cache.load(step.digest(graph, module)) if use_cache else None
         if found is None:
             found = step.apply(graph, module, self.traced.tensors, self.leaves, self.measure)
@@ -190,13 +191,13 @@ class _Compiler:
         def cut(profile: Profile) -> Plan:
             return partition.apply(traced.graph, profile, cluster)
 
-        return Refine().apply(
+        return Refine(budget=self.seconds / 4).apply(
             traced.graph, traced.module, traced.tensors, self.leaves, profile, cut, self.program, self.measure
         )
 
     def program(self, plan: Plan) -> Program:
         graph = self.traced.graph
-        return Verify().apply(self.lower.apply(graph, plan, Schedule("stream").apply(plan)))
+        return Verify().apply(self.lower.apply(graph, plan, Schedule("stream").apply(plan)), graph, plan)
 
     def package(self, plan: Plan, imports: tuple[str, ...]) -> Package:
         graph = self.traced.graph
@@ -236,7 +237,7 @@ def _skeleton(package: Package, tensors: Mapping[str, torch.Tensor]) -> nn.Modul
                 owner.add_module(part, child)
             owner = child
         if entry.kind == "buffer":
-            owner.register_buffer(key, tensors[entry.name])
+            owner.register_buffer(key, tensors[entry.name], persistent=entry.persistent)
         else:
             parameter = nn.Parameter(tensors[entry.name], requires_grad=entry.requires_grad)
             owner.register_parameter(key, parameter)

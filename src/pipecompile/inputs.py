@@ -210,7 +210,7 @@ def _array_samples(path: Path, package: Package) -> Iterator[Any]:
     except (ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read as an array: {error}") from None
     size = int(np.prod(spec.shape))
-    if array.ndim == 0 or array[:1].size != size:
+    if array.ndim == 0 or array.size != len(array) * size:
         raise InputError(
             f"{path} has shape {tuple(array.shape)}: each entry along its first axis must hold the {size} values of "
             f"one input of shape {spec.shape}"

@@ -262,6 +262,7 @@ class _State:
 
     def __init__(self, package: Package, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> None:
         self._tensors = dict(tensors)
+        self._compiled = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         self._homes: list[tuple[str, dict[str, Any], str]] = []
         modules = dict(model.named_modules(remove_duplicate=False))
         for entry in package.state:
@@ -280,12 +281,12 @@ class _State:
 
     def refreshed(self) -> dict[str, torch.Tensor]:
         """The current tensors, checked to be of the shape and dtype compiled for."""
-        before = dict(self._tensors)
         for name, tensor in self.current().items():
-            if tensor.shape != before[name].shape or tensor.dtype != before[name].dtype:
+            shape, dtype = self._compiled[name]
+            if tensor.shape != shape or tensor.dtype != dtype:
                 raise InputError(
-                    f"{name} is now {tuple(tensor.shape)} {tensor.dtype}, compiled as {tuple(before[name].shape)} "
-                    f"{before[name].dtype}: compile the model again"
+                    f"{name} is now {tuple(tensor.shape)} {tensor.dtype}, compiled as {tuple(shape)} {dtype}: "
+                    "compile the model again"
                 )
         return self._tensors
 

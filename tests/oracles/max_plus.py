@@ -6,7 +6,6 @@ devices have a core of their own, the caller costs nothing.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 
@@ -28,7 +27,6 @@ def finishes(
     ``receive`` is paid for each message by its reader, ``send`` by its writer, ``transfer`` by nobody
     but the message, one at a time an edge. A stage sends in the order of ``edges``.
     """
-    sys.setrecursionlimit(100_000)
     ahead = {(s, t): a for s, t, a in edges}
     into = {t: [e for e in ahead if e[1] == t] for t in range(-1, len(compute))}
     out = {s: [e for e in ahead if e[0] == s] for s in range(-1, len(compute))}

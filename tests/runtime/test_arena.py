@@ -153,12 +153,12 @@ def test_refused_weights_are_named_and_nothing_moves(tensor: torch.Tensor, reaso
     assert fine.data_ptr() == place
 
 
-def test_tensors_of_inference_mode() -> None:
+def test_models_made_in_inference_mode() -> None:
     with torch.inference_mode():
-        tensors = {"a": torch.arange(4.0)}
-        try:
-            weights = adopt(tensors)
-        except PipecompileError as error:
-            assert "inference_mode" in str(error)
-        else:
-            assert torch.equal(other_side(weights, ["a"])["a"], torch.arange(4.0))
+        model = nn.Linear(2, 2)
+        expected = model(torch.ones(1, 2))
+    weights = adopt(dict(model.named_parameters()))
+    assert torch.equal(other_side(weights, ["weight"])["weight"], model.weight)
+    assert model.weight.is_inference()
+    with torch.no_grad():
+        assert torch.equal(model(torch.ones(1, 2)), expected)

@@ -35,6 +35,7 @@ def arguments() -> list[torch.Tensor]:
 def test_layers_are_timed_in_place_and_arguments_left_alone() -> None:
     values = arguments()
     threads, affinity = torch.get_num_threads(), os.sched_getaffinity(0)
+    fastpath = torch.backends.mha.get_fastpath_enabled()
     layers, whole, repeats = CpuMeasure().layers(MODEL, values, 3, 0.1)
     assert len(layers) == 3
     assert repeats >= 3
@@ -47,7 +48,7 @@ def test_layers_are_timed_in_place_and_arguments_left_alone() -> None:
     assert (torch.get_num_threads(), os.sched_getaffinity(0)) == (threads, affinity)
     assert gc.isenabled()
     assert torch.is_grad_enabled()
-    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mha.get_fastpath_enabled() is fastpath
 
 
 def test_stage() -> None:

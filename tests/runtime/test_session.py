@@ -166,24 +166,6 @@ def test_submitting_and_taking_in_two_threads(shared: Session) -> None:
     assert all(torch.equal(y, expected(weights(), x)) for x, (_, (y,)) in zip(xs, results, strict=True))
 
 
-def test_close_in_another_thread_ends_a_wait() -> None:
-    session = Session(two_stages(), weights())
-    caught: list[BaseException] = []
-
-    def take() -> None:
-        try:
-            session.result(timeout=20)
-        except PipelineClosed as error:
-            caught.append(error)
-
-    taker = threading.Thread(target=take)
-    taker.start()
-    time.sleep(0.1)
-    session.close()
-    taker.join(5)
-    assert len(caught) == 1
-
-
 def test_wrong_input_is_refused_and_the_stream_goes_on(shared: Session) -> None:
     xs = samples(2)
     first = shared.submit([xs[0]])
@@ -368,11 +350,23 @@ def test_abandoned_session_ends_its_workers() -> None:
     assert gone(pids)
 
 
-def test_close_twice_and_use_after_close() -> None:
+def test_close_ends_waits_of_other_threads_may_be_repeated_and_is_final() -> None:
     session = Session(two_stages(), weights())
     pids = session.pids
-    session.submit(samples(1))
+    caught: list[BaseException] = []
+
+    def take() -> None:
+        try:
+            session.result(timeout=20)
+        except PipelineClosed as error:
+            caught.append(error)
+
+    taker = threading.Thread(target=take)
+    taker.start()
+    time.sleep(0.1)
     session.close()
+    taker.join(5)
+    assert len(caught) == 1
     session.close()
     assert gone(pids)
     for use in (lambda: session.submit(samples(1)), session.poll, session.result, session.wait):
@@ -478,20 +472,16 @@ def test_throttled_edge_delays_but_does_not_change_results() -> None:
     assert all(b - a >= 0.045 for a, b in itertools.pairwise(finishes))
 
 
-def test_caller_settings_reach_the_workers() -> None:
+def test_caller_settings_reach_the_workers_but_inference_mode_stays_outside() -> None:
+    state, xs = weights(), samples(3)
+    body = "assert torch.get_default_dtype() is torch.float64\nassert torch.get_num_threads() == 1\ny = x @ a"
+    built = two_stages(body)
     torch.set_default_dtype(torch.float64)
     try:
-        body = "assert torch.get_default_dtype() is torch.float64\nassert torch.get_num_threads() == 1\ny = x @ a"
-        with Session(two_stages(body), weights()) as session:
-            run_all(session, samples(1))
+        with torch.inference_mode():
+            session = Session(built, state)
+            run_all(session, xs)
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def test_made_in_inference_mode() -> None:
-    state, xs = weights(), samples(3)
-    with torch.inference_mode():
-        session = Session(two_stages(), state)
-        run_all(session, xs)
     with session:
         assert torch.equal(run_all(session, xs)[0][1][0], expected(state, xs[0]))

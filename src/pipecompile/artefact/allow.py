@@ -30,10 +30,14 @@ _TORCH = _words("device autocast sym_max sym_min sym_not sym_float sym_int sym_s
 _OPERATOR = _words(
     "add sub mul truediv floordiv mod pow neg eq ne lt le gt ge and_ or_ xor not_ abs getitem pos inv invert"
 )
+_DUNDER_OPERATORS = frozenset(
+    f"__{kind}{name}__" for kind in ("", "i", "r") for name in _words("and or xor lshift rshift")
+)
 #: ATen operators that reach outside the process.
 _REFUSED = _words("from_file")
 _MATH = _words("ceil floor trunc sqrt inf nan")
 _BUILTINS = _words("complex slice range")
+_MODULE_NAMES = _words("torch aten operator math count link")
 _LINK = _words("state receiver sender post put end")
 
 
@@ -56,6 +60,7 @@ class _Checker(ast.NodeVisitor):
         self.trust = trust
         self.functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         self.ports: set[str] = set()
+        self.reserved = self.functions | _MODULE_NAMES | _BUILTINS
 
     def refuse(self, node: ast.AST, what: str) -> ArtefactError:
         line = getattr(node, "lineno", 0)
@@ -77,6 +82,8 @@ class _Checker(ast.NodeVisitor):
                 raise self.refuse(statement, f"the statement {text.splitlines()[0]!r}")
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        if node.name in self.reserved - self.functions | _MODULE_NAMES:
+            raise self.refuse(node, f"redefining {node.name!r}")
         plain = not (node.decorator_list or node.args.defaults or node.args.kw_defaults or node.returns)
         annotated = any(arg.annotation for arg in ast.walk(node) if isinstance(arg, ast.arg))
         if not plain or annotated or any(isinstance(inner, ast.FunctionDef) for inner in node.body):
@@ -88,6 +95,8 @@ class _Checker(ast.NodeVisitor):
 
     def visit_arg(self, node: ast.arg) -> None:
         self._name(node, node.arg)
+        if node.arg in self.reserved - {"link"}:
+            raise self.refuse(node, f"redefining {node.arg!r}")
 
     def visit_Assign(self, node: ast.Assign) -> None:
         value = node.value
@@ -105,8 +114,7 @@ class _Checker(ast.NodeVisitor):
 
     def visit_Name(self, node: ast.Name) -> None:
         self._name(node, node.id)
-        reserved = self.functions | {"torch", "aten", "operator", "math", "count", "link"} | _BUILTINS
-        if not isinstance(node.ctx, ast.Load) and node.id in reserved:
+        if not isinstance(node.ctx, ast.Load) and node.id in self.reserved:
             raise self.refuse(node, f"redefining {node.id!r}")
 
     def _name(self, node: ast.AST, name: str) -> None:
@@ -121,11 +129,13 @@ class _Checker(ast.NodeVisitor):
     def _allowed_path(self, path: str) -> bool:
         """Attributes are reached by these paths only."""
         first, *rest = path.split(".")
-        if any(part.startswith("__") for part in rest) or not all(part.isidentifier() for part in (first, *rest)):
+        if not all(part.isidentifier() for part in (first, *rest)):
+            return False
+        if first == "aten" and len(rest) == 2:  # operators such as aten.__and__.Tensor have such names
+            return rest[0] not in _REFUSED and (not rest[0].startswith("__") or rest[0] in _DUNDER_OPERATORS)
+        if any(part.startswith("__") for part in rest):
             return False
         match first, rest:
-            case "aten", [name, _]:
-                return name not in _REFUSED
             case "torch", ["ops", "higher_order", _]:
                 return True
             case "torch", ["ops", _, _, _]:

@@ -55,7 +55,7 @@ def _write(package: Package, tensors: Mapping[str, torch.Tensor], folder: Path, 
     (folder / PLAN).write_text(json.dumps(package.plan.to_json(), indent=1))
     (folder / PROGRAM).write_text(json.dumps(package.program.to_json(), indent=1))
     for module in package.modules:
-        (folder / module.filename).write_text(module.source)
+        (folder / Path(module.filename).name).write_text(module.source)
     storages, layout = _storages(tensors)
     save_file(storages, folder / WEIGHTS)
     manifest: dict[str, Any] = {
@@ -64,7 +64,7 @@ def _write(package: Package, tensors: Mapping[str, torch.Tensor], folder: Path, 
         "torch": torch.__version__,
         "model": package.model,
         "modules": [
-            {"device": m.device, "stages": list(m.stages), "file": m.filename, "state": list(m.state)}
+            {"device": m.device, "stages": list(m.stages), "file": Path(m.filename).name, "state": list(m.state)}
             for m in package.modules
         ],
         "state": [{**vars(entry), **layout[entry.name]} for entry in package.state],

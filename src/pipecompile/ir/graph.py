@@ -99,6 +99,7 @@ class StateSpec:
     mutated: bool = False
     nbytes: int = 0
     requires_grad: bool = False
+    persistent: bool = True
 
 
 @dataclass(frozen=True)

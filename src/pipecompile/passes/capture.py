@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -156,7 +156,11 @@ def _rename(
         **dict(model.named_buffers(remove_duplicate=False)),
         **dict(model.named_parameters(remove_duplicate=False)),
     }
-    letters = {kinds.PARAMETER: ("p", "parameter"), kinds.BUFFER: ("b", "buffer"), kinds.CONSTANT_TENSOR: ("c", "")}
+    letters: dict[Any, tuple[str, Literal["parameter", "buffer", "constant"]]] = {
+        kinds.PARAMETER: ("p", "parameter"),
+        kinds.BUFFER: ("b", "buffer"),
+        kinds.CONSTANT_TENSOR: ("c", "constant"),
+    }
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     state: list[StateSpec] = []
     tensors: dict[str, torch.Tensor] = {}
@@ -181,7 +185,9 @@ def _rename(
                 tensor = exported.constants[spec.target]
                 assert isinstance(tensor, torch.Tensor)
             new = graph.placeholder(f"{letter}_{re.sub(r'[^0-9a-zA-Z]+', '_', fqn)}")
-            state.append(StateSpec(new.name, fqn, kind or "constant", False, tensor.nbytes, tensor.requires_grad))  # type: ignore[arg-type]
+            state.append(StateSpec(
+                    new.name, fqn, kind, False, tensor.nbytes, tensor.requires_grad, spec.persistent is not False
+                ))
             tensors[new.name] = tensor
         else:
             raise TraceError(

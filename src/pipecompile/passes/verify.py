@@ -60,8 +60,13 @@ def _structure(program: Program) -> None:
         if len(edge.values) != len(edge.specs):
             raise ProgramError(f"edge {edge.name} has {len(edge.values)} values, but {len(edge.specs)} specs")
     for device in program.devices:
-        for step in (*device.warm_up, *device.body, *device.drain):
+        steps = (*device.warm_up, *device.body, *device.drain)
+        for step in steps:
             _place(step, device, edges, owner)
+        sent = {step.edge for step in steps if step.op is Op.SEND}
+        for edge in program.edges:
+            if edge.source in device.stages and edge.name not in sent:
+                raise ProgramError(f"device {device.device}: stage {edge.source} never sends on edge {edge.name}")
 
 
 def _place(step: Instruction, device: DeviceProgram, edges: Mapping[str, Edge], owner: Mapping[int, int]) -> None:
@@ -159,7 +164,7 @@ class _Machine:
             steps = [step for device in program.devices for step in device.warm_up]
             self.samples = 1 + max((step.sample for step in steps), default=-1)
         for edge in program.edges:
-            ring = self.rings[edge.name] = _Ring(edge)
+            ring = self.rings[edge.name] = _Ring(edge, posted=edge.slots if edge.target == HOST else 0)
             self.incoming[edge.target].append(ring)
             self.outgoing[edge.source].append(ring)
         workers = [
@@ -177,35 +182,31 @@ class _Machine:
                         f"device {device.device}: stage {stage} never computes sample {self.computed[stage]}"
                     )
         for ring in self.rings.values():
-            done = ring.sent if ring.edge.target == HOST else min(ring.sent, ring.used)
-            if done < self.samples:
-                raise ProgramError(f"edge {ring.edge.name}: message {done} is never sent")
+            if ring.sent < self.samples:
+                raise ProgramError(f"edge {ring.edge.name}: message {ring.sent} is never sent")
 
     def _stuck(self, stuck: Sequence[_Worker]) -> Never:
         left = [step for worker in stuck for step in worker.steps[worker.at :]]
-        for ring in self.rings.values():
-            if ring.edge.target == HOST and ring.sent == ring.used < self.samples:
-                wanted = Instruction(Op.SEND, ring.edge.source, ring.sent, ring.edge.name)
-                if wanted not in left:
-                    raise ProgramError(f"edge {ring.edge.name}: message {ring.sent} is never sent")
         for worker in stuck:
             edge, sample = worker.edge, worker.step.sample
-            if edge is None:
-                continue
+            assert edge is not None, "whoever stopped early waits at an edge"
             # A wait for someone who has nothing of the kind left to do is more than a deadlock.
             op = Op.SEND if worker.step.op is Op.FORWARD else Op.RECV
             other = edge.source if op is Op.SEND else edge.target
             if other != HOST and Instruction(op, other, sample, edge.name) not in left:
                 verb = "sends" if op is Op.SEND else "posts"
                 raise ProgramError(f"{worker.waits}, but stage {other} never {verb} message {sample}")
+        for ring in self.rings.values():
+            if ring.edge.target == HOST and ring.sent == ring.used < self.samples:
+                wanted = Instruction(Op.SEND, ring.edge.source, ring.sent, ring.edge.name)
+                if wanted not in left:
+                    raise ProgramError(f"edge {ring.edge.name}: message {ring.sent} is never sent")
         raise ProgramError(f"deadlock: {'; '.join(worker.waits for worker in stuck)}")
 
     def _caller(self) -> int:
         """Collect and submit what can be; returns how much that was."""
         moved = 0
         inputs, results = self.outgoing[HOST], self.incoming[HOST]
-        for ring in results:
-            ring.posted = max(ring.posted, ring.used + ring.edge.slots)
         while results and all(ring.sent > ring.used for ring in results):
             for ring in results:
                 ring.used += 1

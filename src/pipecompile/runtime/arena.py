@@ -110,6 +110,7 @@ def _adopt(tensors: Mapping[str, torch.Tensor]) -> Weights:
             "shape": list(tensor.shape),
             "stride": list(tensor.stride()),
             "storage_offset": tensor.storage_offset(),
+            "requires_grad": tensor.requires_grad,
         }
     # Only now, when nothing can fail any more for want of memory, change the model.
     for name, tensor in tensors.items():
@@ -131,7 +132,8 @@ def open_state(fds: Sequence[int], entries: Sequence[Mapping[str, Any]]) -> tupl
     for entry in entries:
         dtype: torch.dtype = getattr(torch, entry["dtype"])
         if entry["arena"] < 0:
-            tensors.append(torch.empty_strided(entry["shape"], entry["stride"], dtype=dtype))
+            empty = torch.empty_strided(entry["shape"], entry["stride"], dtype=dtype)
+            tensors.append(empty.requires_grad_(entry["requires_grad"]))
             continue
         key = entry["arena"], entry["offset"]
         if key not in storages:
@@ -139,7 +141,9 @@ def open_state(fds: Sequence[int], entries: Sequence[Mapping[str, Any]]) -> tupl
             whole = torch.frombuffer(memory, dtype=torch.uint8, count=entry["nbytes"], offset=entry["offset"])
             storages[key] = whole.untyped_storage()
         tensor = torch.empty(0, dtype=dtype)
-        tensors.append(tensor.set_(storages[key], entry["storage_offset"], entry["shape"], entry["stride"]))
+        tensor = tensor.set_(storages[key], entry["storage_offset"], entry["shape"], entry["stride"])
+        # Even without gradients, matmul rounds differently for a weight that requires them.
+        tensors.append(tensor.requires_grad_(entry["requires_grad"]))
     return tuple(tensors)
 
 
@@ -149,12 +153,14 @@ def _home(tensor: torch.Tensor) -> Any:
 
 def _replace(name: str, tensor: torch.Tensor, view: torch.Tensor) -> None:
     try:
-        tensor.data = view
+        if tensor.is_inference():
+            # Assigning to .data would leave half an inference tensor, which autograd refuses.
+            with torch.inference_mode(True):
+                tensor.set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
+        else:
+            tensor.data = view
     except RuntimeError as error:
-        raise PipecompileError(
-            f"the memory of {name!r} cannot be shared with workers ({error}); was the model built under "
-            "torch.inference_mode()? Build it outside, or clone its parameters"
-        ) from error
+        raise PipecompileError(f"the memory of weight {name!r} cannot be shared with workers: {error}") from error
 
 
 def _refuse(name: str, tensor: torch.Tensor) -> None:

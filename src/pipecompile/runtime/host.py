@@ -37,8 +37,8 @@ class Host:
         self._leaves = len(package.inputs)
         self._several = len(inputs) > 1
         self._slots = {edge.name: edge.slots for edge in outputs}
-        self.senders = tuple(sender for sender, _ in self._inputs)
-        self.receivers = tuple(receivers[edge.name] for edge in outputs)
+        self.senders = [sender for sender, _ in self._inputs]
+        self.receivers = [receivers[edge.name] for edge in outputs]
         found = {value: (e, v) for e, edge in enumerate(outputs) for v, value in enumerate(edge.values)}
         self._names = [(ref.kind, ref.name) for ref in package.outputs]
         missing = [ref.name for ref in package.outputs if ref.kind == "value" and ref.name not in found]
@@ -128,7 +128,7 @@ class Host:
 
     def forget(self) -> None:
         """Let go of the rings' memory; counts and times stay."""
-        self.senders, self.receivers, self._inputs = (), (), []
+        self.senders, self.receivers, self._inputs = [], [], []
 
     def _leaf(
         self,

@@ -122,7 +122,7 @@ class InlineSession:
                     link = throttle.get(info.edge.name)
                     ports.append(edge.receiver(index, link) if info.receives else edge.sender(index))
                 self._throttled += [port for port in ports if isinstance(port, RingReceiver)]
-                state = tuple(self._tensors[name].detach() for name in module.state)
+                state = tuple(self._tensors[name] for name in module.state)
                 self._devices.append(_Device(module, infos, DeviceLink(state, ports)))
 
     @property
