@@ -6,7 +6,7 @@ without its source. Then the same frames go through plain PyTorch on one thread,
 the pipeline, in turns; two independent copies of the network, one on each core, show what the
 machine itself can give (the control).
 
-    python examples/demo_video.py [--frames 80] [--rounds 6]
+    python examples/demo_video.py [--frames 80] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.22
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--frames", type=int, default=0, help="frames in each timed run (0: about 2.5 s of eager)")
-    parser.add_argument("--rounds", type=int, default=6, help="how often each way is timed, in turns")
+    parser.add_argument("--frames", type=int, default=0, help="frames in each timed run (0: about 3 s of eager)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each way is timed, in turns")
     parser.add_argument("--copy", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.copy is not None:
@@ -61,7 +61,7 @@ def main() -> int:
     begin = time.perf_counter()
     with torch.no_grad():
         expected = [model(frame)["logits"] for frame in frames]
-    count = options.frames or min(240, max(24, int(2.5 * len(frames) / (time.perf_counter() - begin))))
+    count = options.frames or min(240, max(30, int(3 * len(frames) / (time.perf_counter() - begin))))
 
     begin = time.perf_counter()
     target = FOLDER / "resnet18.pipe"
