@@ -32,24 +32,17 @@ Rates = dict[str, list[float]]
 
 def stream_rate(pipe: Any, item: Any, seconds: float) -> float:
     """Samples a second of a stream in steady state: filling and draining are left out."""
-    start, last, count = 0.0, 0.0, 0
     stop = time.perf_counter() + seconds
+    arrivals: list[float] = []
 
     def samples() -> Any:
-        while time.perf_counter() < stop:
+        while time.perf_counter() < stop or len(arrivals) < 8:
             yield item
 
-    warm = 0
     for _ in pipe.stream(samples()):
-        last = time.perf_counter()
-        if last > stop:
-            continue  # draining: fewer stages are busy
-        warm += 1
-        if warm == 8:
-            start, count = last, 0
-        elif warm > 8:
-            count, end = count + 1, last
-    return count / (end - start)
+        arrivals.append(time.perf_counter())
+    steady = [at for at in arrivals[4:] if at <= stop] or arrivals[4:]
+    return (len(steady) - 1) / (steady[-1] - steady[0]) if len(steady) > 1 else float("nan")
 
 
 def measure(name: str, rounds: int, seconds: float) -> tuple[Any, Rates]:
