@@ -55,10 +55,11 @@ def text(
     drop: tuple[str, ...] = (),
     length: int = 8,
     refused: str = "",
+    imports: tuple[str, ...] = (),
 ) -> None:
     """Enter ``transformers.<family><head>`` (``family:head``) called with tokens and perhaps a padding mask."""
 
-    @case(name, core=core, notes=notes, refused=refused)
+    @case(name, core=core, notes=notes, refused=refused, imports=imports)
     def build() -> Built:
         import transformers
 
@@ -138,7 +139,8 @@ text("hf_opt", "OPT:ForCausalLM", {**TINY, "ffn_dim": 32, "word_embed_proj_dim":
 text("hf_bloom", "Bloom:ForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 3, "n_head": 2,
                                        "use_cache": False}, mask=True)  # fmt: skip
 text("hf_mistral", "Mistral:ForCausalLM", {**LLAMA, "sliding_window": 4})
-text("hf_mixtral", "Mixtral:ForCausalLM", {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2})
+text("hf_mixtral", "Mixtral:ForCausalLM", {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2},
+     imports=("transformers.integrations.moe",), notes="a custom operator of transformers")  # fmt: skip
 text("hf_qwen2", "Qwen2:ForCausalLM", LLAMA, mask=True)
 text("hf_qwen3", "Qwen3:ForCausalLM", {**LLAMA, "head_dim": 8})
 text("hf_gemma", "Gemma:ForCausalLM", {**LLAMA, "head_dim": 8})

@@ -20,7 +20,8 @@ class Case:
 
     ``core`` cases run in ``make test``, all of them in ``make verify``. ``calls`` differ from one
     another in values only, so that a result kept from an earlier sample is noticed. ``refused``
-    says why a model cannot be captured; compiling it must then raise, not go wrong.
+    says why a model cannot be captured; compiling it must then raise, not go wrong. ``imports``
+    names modules that register the custom operators it uses.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Case:
     core: bool = False
     notes: str = ""
     refused: str = ""
+    imports: tuple[str, ...] = ()
 
     def make(self) -> Built:
         """The model in eval mode and its calls; the same values every time."""
@@ -43,13 +45,13 @@ CASES: dict[str, Case] = {}
 
 
 def case(
-    name: str, *, core: bool = False, notes: str = "", refused: str = ""
+    name: str, *, core: bool = False, notes: str = "", refused: str = "", imports: tuple[str, ...] = ()
 ) -> Callable[[Callable[[], Built]], Callable[[], Built]]:
     """Enter the decorated builder into the zoo."""
 
     def enter(build: Callable[[], Built]) -> Callable[[], Built]:
         assert name not in CASES, name
-        CASES[name] = Case(name, build, core, notes, refused)
+        CASES[name] = Case(name, build, core, notes, refused, imports)
         return build
 
     return enter

@@ -222,7 +222,7 @@ class Same(nn.Module):
         return x
 
 
-@case("returns_input", refused="no op at all: there is nothing to pipeline")
+@case("returns_input", notes="no op at all")
 def returns_input() -> Built:
     return Same(), positional(lambda: torch.randn(3, 4))
 
