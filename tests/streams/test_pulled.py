@@ -204,7 +204,8 @@ class Live:
         self.xs, self.count, self.given = xs, count, 0
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        for self.given in range(1, self.count + 1):
+        while self.given < self.count:
+            self.given += 1
             yield self.xs[(self.given - 1) % len(self.xs)]
 
 
@@ -296,8 +297,7 @@ def test_error_ends_the_stream_after_what_was_accepted(fast: Any) -> None:
     found: list[Any] = []
     with pytest.raises(Overloaded, match="was refused: 3 samples wait"):
         found.extend(stream)
-    for y in stream:
-        found.append(y)
+    found.extend(stream)
     after = pipe.counts
     assert after.delivered - before.delivered == len(found) >= 3
     assert after.dropped - before.dropped == 1
@@ -307,7 +307,7 @@ def test_error_ends_the_stream_after_what_was_accepted(fast: Any) -> None:
 def test_a_slow_consumer_stops_a_file_and_misses_frames_of_a_camera(fast: Any) -> None:
     pipe, xs, want = fast
     source, seen = Live(xs, 200), []
-    for y in pipe.stream(source, on_overload="block", max_in_flight=4):
+    for _ in pipe.stream(source, on_overload="block", max_in_flight=4):
         seen.append(source.given)
         if len(seen) < 10:
             time.sleep(0.01)
@@ -351,7 +351,7 @@ def test_a_stream_may_end_in_another_thread_than_it_began(fast: Any) -> None:
 
 
 def test_nothing_that_is_no_number_is_changed_and_empty_things_pass(fast: Any) -> None:
-    pipe, xs, _ = fast
+    pipe, _, _ = fast
     assert list(pipe.stream([])) == []
     assert list(pipe.stream([], on_overload="latest")) == []
     strange = torch.full((2, 8), float("nan"))
