@@ -15,19 +15,25 @@ if TYPE_CHECKING:
     from pipecompile.errors import (
         ArtefactError,
         InputError,
+        Overloaded,
         PipecompileError,
         PipecompileWarning,
         PipelineClosed,
         PipelineError,
         PlanError,
         ProgramError,
+        SampleDropped,
         StageError,
         TraceError,
         WorkerDied,
         WorkerHung,
     )
     from pipecompile.ir.cluster import Cluster, Device, Link
+    from pipecompile.ir.sample import Counts, Record, Result, Sample
     from pipecompile.pipeline import InferencePipeline
+    from pipecompile.streams.pulled import Stream
+    from pipecompile.streams.pushed import Results
+    from pipecompile.streams.ticket import Ticket
 
 _HOME = {
     "__version__": "_version",
@@ -37,22 +43,38 @@ _HOME = {
     "Cluster": "ir.cluster",
     "Device": "ir.cluster",
     "Link": "ir.cluster",
+    "Counts": "ir.sample",
+    "Record": "ir.sample",
+    "Result": "ir.sample",
+    "Sample": "ir.sample",
+    "Results": "streams.pushed",
+    "Stream": "streams.pulled",
+    "Ticket": "streams.ticket",
 }
 
 __all__ = [
     "ArtefactError",
     "Cluster",
+    "Counts",
     "Device",
     "InferencePipeline",
     "InputError",
     "Link",
+    "Overloaded",
     "PipecompileError",
     "PipecompileWarning",
     "PipelineClosed",
     "PipelineError",
     "PlanError",
     "ProgramError",
+    "Record",
+    "Result",
+    "Results",
+    "Sample",
+    "SampleDropped",
     "StageError",
+    "Stream",
+    "Ticket",
     "TraceError",
     "WorkerDied",
     "WorkerHung",
