@@ -1,0 +1,83 @@
+"""What training adds to a compiled model: costs of a stage by kind of work, gradients, owners of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipecompile.ir.graph import TensorSpec
+from pipecompile.ir.program import Edge, Op, Program
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What of a model has gradients: values by name, and the weights that are trained with their layout."""
+
+    values: frozenset[str]
+    weights: Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Seconds a stage takes for one micro-batch, by kind of work, and the bytes it keeps for the backward.
+
+    ``backward`` is a whole backward at once; ``backward_input`` and ``backward_weight`` the two
+    halves of a split one, which together may take longer. ``update`` is once a step. ``kept`` is
+    the memory in bytes from F to W of one micro-batch.
+    """
+
+    forward: float
+    backward_input: float
+    backward_weight: float
+    backward: float
+    update: float = 0.0
+    kept: int = 0
+
+    def of(self, op: Op) -> float:
+        """The seconds of one instruction; messages cost what their link says."""
+        seconds = {
+            Op.FORWARD: self.forward,
+            Op.BACKWARD_INPUT: self.backward_input,
+            Op.BACKWARD_WEIGHT: self.backward_weight,
+            Op.BACKWARD: self.backward,
+            Op.STEP: self.update,
+        }
+        return seconds.get(op, 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data."""
+        return dict(vars(self))
+
+
+#: One tick for each of F, B and W: what the papers on schedules count in.
+UNIT = StageCost(1.0, 1.0, 1.0, 2.0)
+
+
+def chain_edges(program: Program) -> tuple[Edge, ...]:
+    """Edges that say what a compute-only program implies: each stage needs its neighbours; nothing travels."""
+    count = 1 + max((stage for device in program.devices for stage in device.stages), default=-1)
+    forward = [Edge(stage, stage + 1, (), (), 0, 0) for stage in range(count - 1)]
+    return (*forward, *(Edge(edge.target, edge.source, (), (), 0, 0) for edge in forward))
+
+
+def kept_at_once(program: Program, sizes: Sequence[float] | None = None) -> tuple[float, ...]:
+    """Per device the most that is kept at any time: activations of micro-batches between F and W.
+
+    ``sizes`` gives the weight of one micro-batch in each stage, 1 by default.
+    """
+    peaks: list[float] = []
+    for device in program.devices:
+        held = peak = 0.0
+        for step in device.warm_up:
+            size = 1.0 if sizes is None else sizes[step.stage]
+            if step.op is Op.FORWARD:
+                held += size
+            elif step.op in (Op.BACKWARD_WEIGHT, Op.BACKWARD):
+                held -= size
+            peak = max(peak, held)
+        peaks.append(peak)
+    return tuple(peaks)
+
+
+__all__ = ["UNIT", "Gradients", "StageCost", "chain_edges", "kept_at_once"]
