@@ -35,6 +35,10 @@ class StageError(PipelineError):
     """A stage raised while computing a sample."""
 
 
+class StepError(PipelineError):
+    """A stage raised in a training step. Names stage, device, micro-batch, layer and line."""
+
+
 class WorkerDied(PipelineError):
     """The process of a device ended without being asked to."""
 

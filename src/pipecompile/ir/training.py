@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipecompile.ir.graph import TensorSpec
+from pipecompile.ir.package import Package
 from pipecompile.ir.program import Edge, Op, Program
 
 
@@ -16,6 +17,41 @@ class Gradients:
 
     values: frozenset[str]
     weights: Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class StepPackage:
+    """A model compiled for training: ``package`` describes one micro-batch, ``owned`` who updates which weight.
+
+    ``owned`` maps a stage to the placeholder names of the weights it updates; a weight used by
+    several stages belongs to the first. ``batched`` says which inputs are split along dimension 0.
+    """
+
+    package: Package
+    owned: Mapping[int, tuple[str, ...]]
+    batched: tuple[bool, ...]
+
+    @property
+    def micro_batches(self) -> int:
+        """How many micro-batches a step has."""
+        return self.package.program.micro_batches
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """One training step, as the caller asks for it.
+
+    ``leaves`` and ``targets`` are per micro-batch: the model's flat inputs, and what the loss
+    gets. ``weights`` scale the loss of each. Without ``update`` gradients stay for the next step.
+    ``clip`` is the largest norm of all gradients together.
+    """
+
+    number: int
+    leaves: Sequence[Sequence[Any]]
+    targets: Sequence[Any]
+    weights: Sequence[float]
+    update: bool = True
+    clip: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,4 +116,4 @@ def kept_at_once(program: Program, sizes: Sequence[float] | None = None) -> tupl
     return tuple(peaks)
 
 
-__all__ = ["UNIT", "Gradients", "StageCost", "chain_edges", "kept_at_once"]
+__all__ = ["UNIT", "Gradients", "StageCost", "StepPackage", "StepRequest", "chain_edges", "kept_at_once"]
