@@ -65,7 +65,8 @@ def compiled(job: Job, stages: int, schedule: str, optimizer: Any, parts: int = 
         warnings.simplefilter("ignore", PipecompileWarning)
         return compile_training(
             job.model, args, kwargs, make_cluster(stages), loss_fn=job.loss_fn, optimizer=optimizer, schedule=schedule,
-            micro_batches=parts, profile_seconds=0.02, time_limit=2.0, keep_gradients=True, **more,
+            micro_batches=parts, profile_seconds=0.02, time_limit=2.0, keep_gradients=True,
+            **{"executor": "inline", **more},
         )  # fmt: skip
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipecompile.batches import Reduction, batched_inputs, split_inputs
 from pipecompile.errors import InputError, PipecompileWarning
-from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import TensorSpec
 from pipecompile.ir.package import DeviceModule, Package
 from pipecompile.ir.plan import Plan
@@ -26,9 +25,10 @@ from pipecompile.passes.profile import ProfileLayers
 from pipecompile.passes.trace import Traced
 from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_step import VerifyStep
+from pipecompile.runtime.batches import Reduction, batched_inputs, split_inputs
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.update import OptimizerFactory
-from pipecompile.training import TrainingPipeline
+from pipecompile.training import ExecutorName, TrainingPipeline
 
 
 def compile_training(
@@ -47,6 +47,10 @@ def compile_training(
     seed: int = 0,
     clip_norm: float | None = None,
     keep_gradients: bool = False,
+    executor: ExecutorName = "process",
+    hang_seconds: float | None = None,
+    throttle: Mapping[str, Link] | None = None,
+    imports: Sequence[str] = (),
     time_limit: float = 10.0,
     profile_seconds: float = 2.0,
     tell: Callable[[str, float], None] = lambda _phase, _fraction: None,
@@ -75,7 +79,7 @@ def compile_training(
     tell("codegen", 0.9)
     modules = CodegenStep().apply(graph, traced.module, plan, program, gradients)
     owned = {stage: tuple(names) for stage, names in owners(weight_users(graph, plan, gradients.weights)).items()}
-    package = _package(traced, first, modules, plan, program)
+    package = replace(_package(traced, first, modules, plan, program), imports=tuple(imports))
     step = StepPackage(package, owned, batched)
     tell("done", 1.0)
     return TrainingPipeline(
@@ -88,6 +92,9 @@ def compile_training(
         seed=seed,
         clip_norm=clip_norm,
         keep_gradients=keep_gradients,
+        executor=executor,
+        hang_seconds=hang_seconds,
+        throttle=throttle,
     )
 
 

@@ -12,23 +12,27 @@ import torch
 from torch import nn
 
 from pipecompile.arguments import Arguments
-from pipecompile.batches import Reduction, loss_weights, split_inputs, split_targets
 from pipecompile.errors import InputError, PipelineClosed
+from pipecompile.ir.cluster import Link
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.training import StageCost, StepPackage, StepRequest
+from pipecompile.runtime.batches import Reduction, loss_weights, split_inputs, split_targets
 from pipecompile.runtime.inline_step import InlineTrainer, Trainer
+from pipecompile.runtime.process_step import ProcessTrainer
 from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.simulate.step import simulate_step
+
+ExecutorName = Literal["process", "inline"]
 
 
 class TrainingPipeline(nn.Module):
     """A model compiled for training. ``loss = pipe.train_step(inputs, targets)`` is one step.
 
     ``state_dict()``, ``parameters()`` and the like are the model's own, under its own names. The
-    optimizer lives with the stages. A pipeline closes with ``close()`` or at the end of a ``with``
-    block.
+    optimizer lives with the stages. Workers start at the first step and end with ``close()``, at the
+    end of a ``with`` block, or when the pipeline is garbage collected.
     """
 
     _model: nn.Module
@@ -42,10 +46,12 @@ class TrainingPipeline(nn.Module):
         optimizer: OptimizerFactory,
         *,
         reduction: Reduction = "auto",
-        executor: Literal["inline"] = "inline",
+        executor: ExecutorName = "process",
         seed: int = 0,
         clip_norm: float | None = None,
         keep_gradients: bool = False,
+        hang_seconds: float | None = None,
+        throttle: Mapping[str, Link] | None = None,
         costs: tuple[StageCost, ...] = (),
     ) -> None:
         super().__init__()
@@ -55,6 +61,7 @@ class TrainingPipeline(nn.Module):
         self._arguments = Arguments(step.package, batch_dims)
         self._reduction: Reduction = reduction
         self._options: dict[str, Any] = {"seed": seed, "keep_gradients": keep_gradients}
+        self._watching: dict[str, Any] = {"hang_seconds": hang_seconds, "throttle": throttle}
         self._clip, self._costs = clip_norm, costs
         self._executor = executor
         self._weights = _Weights(step, tensors, model)
@@ -160,6 +167,15 @@ class TrainingPipeline(nn.Module):
         state = {names[i]: value for i, value in state_dict["state"].items() if i in names}
         self._ready().load_optimizer_state(state, settings)
 
+    def training_state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs besides ``state_dict()``: the optimizers' state and the number of steps done."""
+        return {"optimizer": self.optimizer_state_dict(), "steps": self._steps}
+
+    def load_training_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where :meth:`training_state_dict` was taken: random masks follow the number of steps."""
+        self.load_optimizer_state_dict(state_dict["optimizer"])
+        self._steps = int(state_dict["steps"])
+
     def set_optimizer(self, **settings: Any) -> None:
         """Change settings of the optimizers from the next step on: ``pipe.set_optimizer(lr=0.01)``."""
         self._ready().set(settings)
@@ -246,7 +262,12 @@ class TrainingPipeline(nn.Module):
             raise PipelineClosed(f"this pipeline cannot be used any more: {self._closed}")
         if self._trainer is None:
             tensors = self._weights.current()
-            self._trainer = InlineTrainer(self._step, tensors, self._loss_fn, self._optimizer, **self._options)
+            if self._executor == "inline":
+                self._trainer = InlineTrainer(self._step, tensors, self._loss_fn, self._optimizer, **self._options)
+            else:
+                self._trainer = ProcessTrainer(
+                    self._step, tensors, self._loss_fn, self._optimizer, **self._options, **self._watching
+                )
             self._weights.remember()
         elif self._weights.moved():
             raise InputError(

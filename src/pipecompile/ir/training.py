@@ -39,7 +39,7 @@ class StepPackage:
 
 @dataclass(frozen=True)
 class StepRequest:
-    """One training step, as the caller asks for it.
+    """One training step, as the caller asks for it. ``number`` counts steps, for random masks.
 
     ``leaves`` and ``targets`` are per micro-batch: the model's flat inputs, and what the loss
     gets. ``weights`` scale the loss of each. Without ``update`` gradients stay for the next step.

@@ -70,7 +70,7 @@ class InlineTrainer:
         keep_gradients: bool = False,
     ) -> None:
         package = step.package
-        self._package, self._closed = package, ""
+        self._package, self._closed, self._done = package, "", 0
         edges = [edge for edge in package.program.edges if edge.slots]
         room = bounds(package, None)
         local = {edge.name: LocalEdge(edge, room) for edge in edges}
@@ -107,7 +107,7 @@ class InlineTrainer:
         try:
             with stage_mode(1), torch.random.fork_rng(devices=[]):
                 for device in self._devices:
-                    device.begin(request)
+                    device.begin(request, self._done)
                 while any(device.port is not None for device in self._devices):
                     moved = self._submit(request, count)
                     turns = [device.advance() for device in self._devices]  # each gets one
@@ -117,11 +117,11 @@ class InlineTrainer:
         except Exception as error:
             self._closed = f"it failed: {str(error).splitlines()[0]}"
             raise
-        losses = [loss for device in self._devices for loss in device.link.losses]
-        return losses
+        self._done += 1
+        return [loss for device in self._devices for loss in device.link.losses]
 
     def _submit(self, request: StepRequest, count: int) -> bool:
-        moved, base = False, request.number * count
+        moved, base = False, self._done * count
         for sender, where in self._inputs:
             while sender.sample < base + count and sender.ready():
                 leaves = request.leaves[sender.sample - base]
@@ -166,11 +166,11 @@ class _Device:
         self._step = execute(module.source, module.filename)["step"]
         self._steps: Any = None
 
-    def begin(self, request: StepRequest) -> None:
-        """Run up to the first wait."""
+    def begin(self, request: StepRequest, done: int) -> None:
+        """Run up to the first wait; ``done`` steps went through these rings before."""
         self.link.number, self.link.losses = request.number, []
         self.updates.begin(request.update, request.clip)
-        self._steps = self._step(self.link, request.number)
+        self._steps = self._step(self.link, done)
         self._resume(None)
 
     def advance(self) -> bool:

@@ -71,7 +71,7 @@ class Updates(Protocol):
 class StepLink:
     """The ``link`` of a generated training step: one device's tensors, ports, sums and updates.
 
-    ``number`` is the step under way, ``losses`` receives the value of each micro-batch, weighted.
+    ``number`` counts steps over the whole training, ``losses`` receives the value of each micro-batch, weighted.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from pipecompile.ir.link import Port
 from pipecompile.runtime.step import Sums
 
 #: What a user gives: ``functools.partial(torch.optim.SGD, lr=0.1)``, called with a list of parameters.
-OptimizerFactory = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+OptimizerFactory = Callable[[list[Any]], torch.optim.Optimizer]
 
 
 class Board(Protocol):
@@ -23,7 +23,9 @@ class Board(Protocol):
 
 
 class _Ready:
-    """A port nobody has to wait for."""
+    """A port nobody has to wait for. ``index`` and ``sample`` are for the records of a worker."""
+
+    index, sample = -1, -1
 
     def ready(self) -> bool:
         """Always."""
@@ -38,6 +40,7 @@ class _Norm:
 
     def __init__(self, port: Port, clip: float, use: Callable[[float], None]) -> None:
         self._port, self._clip, self._use = port, clip, use
+        self.index, self.sample = -1, -1
 
     def ready(self) -> bool:
         """Whether all devices have offered theirs."""
@@ -65,9 +68,7 @@ class DeviceUpdates:
     ) -> None:
         self._device, self._tensors, self._board = device, tensors, board
         self.owned = {stage: tuple(names) for stage, names in owned.items() if names}
-        self.optimizers = {
-            stage: factory([_parameter(tensors[name]) for name in names]) for stage, names in self.owned.items()
-        }
+        self.optimizers = {stage: factory([tensors[name] for name in names]) for stage, names in self.owned.items()}
         self.apply, self.clip, self.scale = True, None, 1.0
         self.keep, self.latest = False, dict[str, torch.Tensor]()
 
@@ -133,11 +134,6 @@ class DeviceUpdates:
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group.update(settings)
-
-
-def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
-    assert isinstance(tensor, torch.nn.Parameter), "only parameters are trained"
-    return tensor
 
 
 class LocalBoard:
