@@ -27,7 +27,11 @@ if TYPE_CHECKING:
         WorkerHung,
     )
     from pipecompile.ir.cluster import Cluster, Device, Link
+    from pipecompile.ir.sample import Record, Result, Sample
     from pipecompile.pipeline import InferencePipeline
+
+#: Packages reached by attribute: ``pipecompile.sources.VideoFile``.
+_ROOMS = ("sources",)
 
 _HOME = {
     "__version__": "_version",
@@ -37,6 +41,9 @@ _HOME = {
     "Cluster": "ir.cluster",
     "Device": "ir.cluster",
     "Link": "ir.cluster",
+    "Record": "ir.sample",
+    "Result": "ir.sample",
+    "Sample": "ir.sample",
 }
 
 __all__ = [
@@ -52,6 +59,9 @@ __all__ = [
     "PipelineError",
     "PlanError",
     "ProgramError",
+    "Record",
+    "Result",
+    "Sample",
     "StageError",
     "TraceError",
     "WorkerDied",
@@ -59,11 +69,14 @@ __all__ = [
     "__version__",
     "compile",
     "load",
+    "sources",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name from the module it lives in."""
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'errors')}"), name)

@@ -1,0 +1,1 @@
+"""Draws plans and timelines."""
