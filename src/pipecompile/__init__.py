@@ -10,7 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipecompile import sources
     from pipecompile._version import __version__
+    from pipecompile.decorator import pipeline
     from pipecompile.driver import compile, load
     from pipecompile.errors import (
         ArtefactError,
@@ -26,9 +28,9 @@ if TYPE_CHECKING:
         WorkerDied,
         WorkerHung,
     )
+    from pipecompile.inference import InferencePipeline
     from pipecompile.ir.cluster import Cluster, Device, Link
     from pipecompile.ir.sample import Record, Result, Sample
-    from pipecompile.pipeline import InferencePipeline
 
 #: Packages reached by attribute: ``pipecompile.sources.VideoFile``.
 _ROOMS = ("sources",)
@@ -37,7 +39,8 @@ _HOME = {
     "__version__": "_version",
     "compile": "driver",
     "load": "driver",
-    "InferencePipeline": "pipeline",
+    "pipeline": "decorator",
+    "InferencePipeline": "inference",
     "Cluster": "ir.cluster",
     "Device": "ir.cluster",
     "Link": "ir.cluster",
@@ -69,6 +72,7 @@ __all__ = [
     "__version__",
     "compile",
     "load",
+    "pipeline",
     "sources",
 ]
 

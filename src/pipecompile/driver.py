@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from pipecompile import artefact, cache
+from pipecompile.eager import eager_models
 from pipecompile.errors import PipecompileWarning, PlanError
+from pipecompile.inference import ExecutorName, InferencePipeline
 from pipecompile.ir.cluster import Cluster, Device, Link
 from pipecompile.ir.graph import TensorSpec
 from pipecompile.ir.measure import Measure
@@ -29,7 +31,6 @@ from pipecompile.passes.refine import Refine
 from pipecompile.passes.schedule import Schedule
 from pipecompile.passes.trace import Trace, Traced
 from pipecompile.passes.verify import Verify
-from pipecompile.pipeline import ExecutorName, InferencePipeline
 from pipecompile.runtime.measure import CpuMeasure
 
 #: Called with the name of the phase that begins and the fraction of the work done, 0.0 to 1.0.
@@ -90,7 +91,8 @@ def compile(
     kwargs = dict(example_kwargs or {})
     cluster = make_cluster(devices)
     tell("trace", 0.0)
-    traced = Trace(tuple(leaf), dynamic_shapes).apply(model, args, kwargs)
+    with eager_models():
+        traced = Trace(tuple(leaf), dynamic_shapes).apply(model, args, kwargs)
     compiler = _Compiler(traced, flatten((args, kwargs))[0], CpuMeasure(), Lower(ahead), time_limit, profile_seconds)
     tell("profile", 0.3)
     profile = compiler.profile(use_cache)

@@ -82,6 +82,11 @@ class InferencePipeline(nn.Module):
         """Everything that ``save()`` writes but the weights."""
         return self._package
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed or has failed, and cannot be used any more."""
+        return bool(self._closed)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One sample through the whole pipeline; the same result as the model's.
 
