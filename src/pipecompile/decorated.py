@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import threading
@@ -138,8 +139,8 @@ class Decorated:
             return "hooks", f"{found} has a forward hook, which runs in Python at every call"
         if torch.is_autocast_enabled("cpu"):
             return "autocast", "autocast is enabled, which changes dtypes. Convert the model instead"
-        if found := self._guards.elsewhere():
-            return "device", f"{found}, and the pipeline runs on CPU cores"
+        if self._guards.elsewhere:
+            return "device", f"{self._guards.elsewhere}, and the pipeline runs on CPU cores"
         return None
 
     def _look_for_changes(self) -> None:
@@ -184,6 +185,8 @@ class Decorated:
         assert model is not None
         with eager_models():
             pipe = driver.compile(model, args, kwargs, **self._options.compile)
+        # Export leaves cycles of frames behind that hold the model; the end of the model should end the workers.
+        gc.collect()
         # The workers are to end with the model, so what ends them must not keep it alive.
         object.__setattr__(pipe, "_model", weakref.proxy(model))
         self._guards = Guards(model)  # capture may have filled caches of the model

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -87,6 +90,7 @@ def compile(
     if mode != "infer":
         raise PlanError(f"mode={mode!r} is not available; this version compiles for inference (mode='infer')")
     tell = progress or _silent
+    _import_aside("pulp")
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
     cluster = make_cluster(devices)
@@ -107,6 +111,18 @@ def compile(
     return InferencePipeline(
         package, traced.tensors, model, executor=executor, hang_seconds=hang_seconds, throttle=throttle
     )
+
+
+def _import_aside(module: str) -> None:
+    """Import in a thread of its own.
+
+    PuLP keeps the tracebacks of imports that failed within it, and these keep every frame of whoever
+    imported it first: the model compiled first, and the workers of its pipeline, would never end.
+    """
+    if module not in sys.modules:
+        thread = threading.Thread(target=importlib.import_module, args=(module,))
+        thread.start()
+        thread.join()
 
 
 def _silent(_phase: str, _fraction: float) -> None:

@@ -29,6 +29,8 @@ class Guards:
         self._tensors: list[tuple[str, dict[str, Any], str, Any]] = []
         self._modal: list[tuple[str, dict[str, Any]]] = []
         self._hooks: list[tuple[str, Any]] = []
+        #: A parameter or buffer that is not on the CPU, or an empty text.
+        self.elsewhere = ""
         for path, module in model.named_modules():
             attributes = vars(module)
             where = path or type(module).__name__
@@ -39,6 +41,8 @@ class Guards:
             for kind in ("_parameters", "_buffers"):
                 for key, tensor in attributes[kind].items():
                     self._tensors.append((where, attributes[kind], key, tensor if tensor is None else _Seen(tensor)))
+                    if tensor is not None and tensor.device.type != "cpu":
+                        self.elsewhere = f"{where}.{key} is on {tensor.device}"
             if depends_on_mode(type(module)):
                 self._modal.append((where, attributes))
             self._hooks += [(where, attributes[kind]) for kind in ("_forward_hooks", "_forward_pre_hooks")]
@@ -72,14 +76,6 @@ class Guards:
             now = home.get(key)
             if seen is not None and seen.parameter and now is not None and not isinstance(now, nn.Parameter):
                 return f"{where}.{key}"
-        return ""
-
-    def elsewhere(self) -> str:
-        """A parameter or buffer that is not on the CPU, or an empty text."""
-        for where, home, key, _ in self._tensors:
-            tensor = home.get(key)
-            if tensor is not None and tensor.device.type != "cpu":
-                return f"{where}.{key} is on {tensor.device}"
         return ""
 
     def differentiable(self) -> bool:
