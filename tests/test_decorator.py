@@ -65,16 +65,16 @@ def test_the_first_call_compiles_and_gives_what_the_model_gives() -> None:
 def test_real_workers_compute_it() -> None:
     with contextlib.closing(models.Working()) as net:
         assert torch.equal(net(x()), original(net, x()))
-        pids = net.pipeline._session.pids
+        pids = net.pipeline._engine.session.pids
         assert len(pids) == 2
         assert all(_runs(pid) for pid in pids)
         with torch.no_grad():
             net.first.weight.mul_(3)
         assert torch.equal(net(x()), original(net, x())), "changed in place: seen by the next sample"
-        assert net.pipeline._session.pids == pids
+        assert net.pipeline._engine.session.pids == pids
     assert _gone(pids), "close() ends the workers"
     assert torch.equal(net(x()), original(net, x())), "and the next call starts anew"
-    pids = net.pipeline._session.pids
+    pids = net.pipeline._engine.session.pids
     gc.disable()
     try:
         del net

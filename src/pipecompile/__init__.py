@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from pipecompile.errors import (
         ArtefactError,
         InputError,
+        Overloaded,
         PipecompileError,
         PipecompileWarning,
         PipelineClosed,
         PipelineError,
         PlanError,
         ProgramError,
+        SampleDropped,
         StageError,
         TraceError,
         WorkerDied,
@@ -30,7 +32,10 @@ if TYPE_CHECKING:
     )
     from pipecompile.inference import InferencePipeline
     from pipecompile.ir.cluster import Cluster, Device, Link
-    from pipecompile.ir.sample import Record, Result, Sample
+    from pipecompile.ir.sample import Counts, Record, Result, Sample
+    from pipecompile.streams.pulled import Stream
+    from pipecompile.streams.pushed import Results
+    from pipecompile.streams.ticket import Ticket
 
 #: Packages reached by attribute: ``pipecompile.sources.VideoFile``.
 _ROOMS = ("sources",)
@@ -44,18 +49,24 @@ _HOME = {
     "Cluster": "ir.cluster",
     "Device": "ir.cluster",
     "Link": "ir.cluster",
+    "Counts": "ir.sample",
     "Record": "ir.sample",
     "Result": "ir.sample",
     "Sample": "ir.sample",
+    "Results": "streams.pushed",
+    "Stream": "streams.pulled",
+    "Ticket": "streams.ticket",
 }
 
 __all__ = [
     "ArtefactError",
     "Cluster",
+    "Counts",
     "Device",
     "InferencePipeline",
     "InputError",
     "Link",
+    "Overloaded",
     "PipecompileError",
     "PipecompileWarning",
     "PipelineClosed",
@@ -64,8 +75,12 @@ __all__ = [
     "ProgramError",
     "Record",
     "Result",
+    "Results",
     "Sample",
+    "SampleDropped",
     "StageError",
+    "Stream",
+    "Ticket",
     "TraceError",
     "WorkerDied",
     "WorkerHung",

@@ -9,7 +9,6 @@ import torch
 
 from pipecompile.errors import InputError
 from pipecompile.ir.package import Package
-from pipecompile.ir.sample import Sample
 from pipecompile.ir.tree import Tree, flatten
 
 
@@ -44,9 +43,7 @@ class Arguments:
         return leaves
 
     def of_item(self, item: Any) -> list[Any]:
-        """The flat tensors of one item of a stream: a tensor, a tuple of arguments, a dict, or a Sample."""
-        if isinstance(item, Sample):
-            item = item.value
+        """The flat tensors of one item of a stream: a tensor, a tuple of arguments, or a dict of keywords."""
         if self._one_tensor and isinstance(item, torch.Tensor):
             return self.of_call((item,), {})
         args = self._tree.children[0].children

@@ -8,7 +8,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from pipecompile.guards import Guards, plain
 from pipecompile.inference import InferencePipeline
 from pipecompile.ir.sample import Sample
 from pipecompile.ir.tree import flatten
+from pipecompile.streams.pulled import Stream
 
 #: What the decorator adds to a class.
 NAMES = ("pipeline", "stream", "close")
@@ -52,14 +53,13 @@ def decorated(model: nn.Module) -> Decorated:
         found = _known.get(id(model))
         if found is None or found.pid != os.getpid():
             found = _known[id(model)] = Decorated(model, model._pipecompile_options)  # type: ignore[arg-type]
-            weakref.finalize(model, _forget, id(model), os.getpid())
+            weakref.finalize(model, _forget, id(model))
         return found
 
 
-def _forget(key: int, pid: int) -> None:
-    found = _known.pop(key, None)
-    if found is not None and pid == os.getpid():
-        found.close()
+def _forget(key: int) -> None:
+    # A pipeline or stream that somebody still holds goes on; any other ends here, and its workers with it.
+    _known.pop(key, None)
 
 
 class Decorated:
@@ -101,19 +101,19 @@ class Decorated:
         with eager_models():
             return forward(model, *args, **kwargs)
 
-    def stream(self, samples: Iterable[Any], options: Mapping[str, Any]) -> Generator[Any, None, None]:
+    def stream(self, samples: Iterable[Any], options: Mapping[str, Any]) -> Stream | Iterator[Any]:
         """See ``InferencePipeline.stream``."""
         with self._lock:
             reason = self._reason((), gradients=False)
             if reason:
                 raise InputError(f"{self._name} cannot stream as a pipeline: {reason[1]}")
             pipe = self.pipeline
-        if pipe is None:
-            source = _Peeked(samples)
-            if source.empty:
-                return
-            pipe, samples = self._fitting(*_call_of(source.first)), source
-        yield from pipe.stream(samples, **options)
+            if pipe is None:
+                source = _Peeked(samples)
+                if not source.head:
+                    return iter(())
+                pipe, samples = self._fitting(*_call_of(source.head[0])), source
+        return pipe.stream(samples, **options)
 
     def close(self) -> None:
         """Close every pipeline."""
@@ -211,20 +211,10 @@ class _Peeked:
     def __init__(self, samples: Iterable[Any]) -> None:
         self.live = bool(getattr(samples, "live", False))
         self._rest: Iterator[Any] = iter(samples)
-        self._head = list(itertools.islice(self._rest, 1))
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is not one item."""
-        return not self._head
-
-    @property
-    def first(self) -> Any:
-        """The first item, which will come again."""
-        return self._head[0]
+        self.head = list(itertools.islice(self._rest, 1))
 
     def __iter__(self) -> Iterator[Any]:
-        return itertools.chain(self._head, self._rest)
+        return itertools.chain(self.head, self._rest)
 
 
 def _call_of(item: Any) -> Call:

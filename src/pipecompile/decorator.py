@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
@@ -162,7 +162,7 @@ def _pipeline(self: nn.Module) -> InferencePipeline | None:
     return decorated(self).pipeline
 
 
-def _stream(self: nn.Module, samples: Iterable[Any], **options: Any) -> Generator[Any, None, None]:
+def _stream(self: nn.Module, samples: Iterable[Any], **options: Any) -> Iterator[Any]:
     """Results for a source of samples, as :meth:`pipecompile.InferencePipeline.stream` gives them.
 
     Compiles for the first sample where nothing is compiled yet.
@@ -170,7 +170,7 @@ def _stream(self: nn.Module, samples: Iterable[Any], **options: Any) -> Generato
     Raises:
         InputError: where a call would run eager for another reason than gradients.
     """
-    yield from decorated(self).stream(samples, options)  # a generator, so that the model lives as long as it runs
+    return decorated(self).stream(samples, options)
 
 
 def _close(self: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from pipecompile import artefact, cache
 from pipecompile.eager import eager_models
 from pipecompile.errors import PipecompileWarning, PlanError
-from pipecompile.inference import ExecutorName, InferencePipeline
+from pipecompile.inference import InferencePipeline
 from pipecompile.ir.cluster import Cluster, Device, Link
 from pipecompile.ir.graph import TensorSpec
 from pipecompile.ir.measure import Measure
@@ -35,6 +35,8 @@ from pipecompile.passes.schedule import Schedule
 from pipecompile.passes.trace import Trace, Traced
 from pipecompile.passes.verify import Verify
 from pipecompile.runtime.measure import CpuMeasure
+from pipecompile.streams.engine import ExecutorName, OnFailure
+from pipecompile.streams.entrance import Overload
 
 #: Called with the name of the phase that begins and the fraction of the work done, 0.0 to 1.0.
 Progress = Callable[[str, float], None]
@@ -55,6 +57,10 @@ def compile(
     profile_seconds: float = 2.0,
     use_cache: bool = True,
     hang_seconds: float | None = None,
+    on_overload: Overload = "block",
+    max_in_flight: int | None = None,
+    deadline: float | None = None,
+    on_failure: OnFailure = "raise",
     throttle: Mapping[str, Link] | None = None,
     imports: Sequence[str] = (),
     progress: Progress | None = None,
@@ -78,6 +84,15 @@ def compile(
         profile_seconds: about how long to time the model.
         use_cache: keep profiles on disk and use them again for the same graph on the same machine.
         hang_seconds: how long a worker may compute one sample; max(2 s, 10 x profiled) if None.
+        on_overload: what happens to samples that come too fast; the default of ``stream()``, and
+            the policy of ``submit()``: ``"block"``, ``"drop_oldest"``, ``"drop_newest"``,
+            ``"latest"`` or ``"error"``.
+        max_in_flight: how many samples may be inside the pipeline; as many as its rings hold if None.
+        deadline: seconds within which a sample must have entered, else it is dropped.
+        on_failure: ``"raise"``: a worker that dies or hangs ends the pipeline with one exception.
+            ``"restart"``: the workers are replaced and the samples in flight computed again, from
+            copies kept meanwhile; buffers that the model writes to are put back to a snapshot
+            first. After three deaths in a row without a new result the last one is raised.
         throttle: slow down edges (``{"0>1": Link(latency, bandwidth)}``): to try a slower network.
         imports: modules the workers import first because they register custom operators.
         progress: called as ``progress(phase, fraction)`` while compiling.
@@ -109,7 +124,16 @@ def compile(
     package = compiler.package(plan, tuple(imports))
     tell("done", 1.0)
     return InferencePipeline(
-        package, traced.tensors, model, executor=executor, hang_seconds=hang_seconds, throttle=throttle
+        package,
+        traced.tensors,
+        model,
+        executor=executor,
+        hang_seconds=hang_seconds,
+        throttle=throttle,
+        on_overload=on_overload,
+        max_in_flight=max_in_flight,
+        deadline=deadline,
+        on_failure=on_failure,
     )
 
 
@@ -135,9 +159,13 @@ def load(
     executor: ExecutorName = "process",
     trust: bool = False,
     hang_seconds: float | None = None,
+    on_overload: Overload = "block",
+    max_in_flight: int | None = None,
+    deadline: float | None = None,
+    on_failure: OnFailure = "raise",
     throttle: Mapping[str, Link] | None = None,
 ) -> InferencePipeline:
-    """Load a pipeline written by ``save()``; the model's source is not needed.
+    """Load a pipeline written by ``save()``; the model's source is not needed. Options as for :func:`compile`.
 
     Raises:
         ArtefactError: if a file is missing, altered, too new, or holds code that is not allowed
@@ -145,7 +173,18 @@ def load(
     """
     package, tensors = artefact.load(path, trust=trust)
     model = _skeleton(package, tensors)
-    return InferencePipeline(package, tensors, model, executor=executor, hang_seconds=hang_seconds, throttle=throttle)
+    return InferencePipeline(
+        package,
+        tensors,
+        model,
+        executor=executor,
+        hang_seconds=hang_seconds,
+        throttle=throttle,
+        on_overload=on_overload,
+        max_in_flight=max_in_flight,
+        deadline=deadline,
+        on_failure=on_failure,
+    )
 
 
 def make_cluster(devices: int | Sequence[str] | Cluster) -> Cluster:

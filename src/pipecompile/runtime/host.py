@@ -11,7 +11,7 @@ import torch
 from pipecompile.errors import InputError, ProgramError
 from pipecompile.ir.package import Package
 from pipecompile.ir.program import HOST
-from pipecompile.runtime.channels.ring import RingReceiver, RingSender, clock
+from pipecompile.runtime.channels.ring import RingReceiver, RingSender, SampleFailed, clock
 from pipecompile.runtime.records import SAMPLES
 
 
@@ -103,19 +103,29 @@ class Host:
         return max([receiver.delay() for receiver in self.receivers])
 
     def collect(self, weights: Mapping[str, torch.Tensor]) -> tuple[int, list[Any]]:
-        """Take the next result, which must have arrived, and post its slots anew."""
+        """Take the next result, which must have arrived, and post its slots anew.
+
+        Raises:
+            SampleFailed: if a stage could not compute it; it is over then.
+        """
         sample = self.delivered
         messages: list[list[Any]] = []
+        failed: SampleFailed | None = None
         for receiver in self.receivers:
-            message = receiver.own()
+            try:
+                message = receiver.own()
+            except SampleFailed as error:
+                message, failed = [], error
             assert message is not None, "the stream ended before its last result"
             messages.append(message)
             receiver.post(sample + self._slots[receiver.edge])
         self.delivered = sample + 1
         self.finished.append(clock())
+        leaves = self._keep.popleft() if self._keep is not None else ()
+        if failed is not None:
+            raise failed
         if self._plain is not None:
             return sample, [messages[e][v] for e, v in self._plain]
-        leaves = self._keep.popleft() if self._keep is not None else ()
         return sample, [self._leaf(kind, name, messages, leaves, weights) for kind, name in self._names]
 
     def drop(self) -> None:
@@ -123,7 +133,7 @@ class Host:
         for receiver in self.receivers:
             while not receiver.ended and receiver.ready():
                 sample = receiver.sample
-                if receiver.take() is not None:
+                if receiver.skip():
                     receiver.post(sample + self._slots[receiver.edge])
 
     def forget(self) -> None:

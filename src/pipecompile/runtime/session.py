@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from pipecompile.errors import PipecompileError, PipelineClosed, PipelineError
+from pipecompile.errors import PipecompileError, PipelineClosed, PipelineError, StageError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.package import Package
 from pipecompile.ir.program import HOST
 from pipecompile.ir.timeline import Timeline
 from pipecompile.runtime.arena import adopt
-from pipecompile.runtime.channels.ring import RingReceiver, RingSender, clock
+from pipecompile.runtime.channels.ring import RingReceiver, RingSender, SampleFailed, clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge
 from pipecompile.runtime.crew import Crew
 from pipecompile.runtime.executor import ResultTimeout, bounds, check_package
@@ -29,6 +29,9 @@ from pipecompile.runtime.records import DeviceRecord, timeline
 
 #: How long ``close`` lets samples in flight be computed before it kills.
 _GRACE_SECONDS = 5.0
+
+#: How long the reason for a failed sample may come after the word of its failure.
+_REPORT_SECONDS = 2.0
 
 
 class Session:
@@ -58,6 +61,9 @@ class Session:
         threads: int | None = None,
     ) -> None:
         self._closed, self._failure, self._owner = True, None, os.getpid()
+        self._end: PipelineError | None = None
+        self._errors: dict[int, StageError] = {}
+        self._hearing = threading.Lock()
         check_package(package)
         missing = [spec.name for spec in package.state if spec.name not in weights]
         if missing:
@@ -81,7 +87,7 @@ class Session:
 
     def _open(self, package: Package, sizes: Mapping[str, int], throttle: Mapping[str, Link]) -> None:
         edges: dict[str, SharedEdge] = {}
-        kept: list[int] = [os.eventfd(0, os.EFD_CLOEXEC)]
+        kept: list[int] = [os.eventfd(0, os.EFD_CLOEXEC) for _ in range(2)]
         passed: list[int] = []
         try:
             for edge in package.program.edges:
@@ -101,17 +107,23 @@ class Session:
             self._crew.own(kept)
             for fd in passed:
                 os.close(fd)
-        self._wake = kept[0]
+        self._wake, self._nudge = kept[:2]
         self._arrivals: dict[int, RingReceiver] = {edges[r.edge].arrivals: r for r in self._host.receivers}
         self._credits: dict[int, RingSender] = {edges[s.edge].credits: s for s in self._host.senders}
         self._controls = frozenset(worker.control.fileno() for worker in self._crew.workers)
+        self._for_end = select.poll()
+        for fd in self._controls:
+            self._for_end.register(fd, select.POLLIN)
         # Only the side that takes results may empty their counters; the other side just looks.
         self._look = select.poll()
         for fd in self._arrivals:
             self._look.register(fd, select.POLLIN)
         self._for_result = self._poller(self._arrivals)
+        self._for_news = self._poller([*self._arrivals, self._nudge])
         self._for_room = self._poller(self._credits)
         self._for_either = self._poller([*self._credits, *self._arrivals])
+        self._rings: dict[int, RingReceiver | RingSender] = {**self._credits, **self._arrivals}
+        self._for_turn = self._poller([*self._rings, self._nudge])
 
     def _poller(self, fds: Iterable[int]) -> select.poll:
         """One wait for data, death of a worker, and close() in another thread."""
@@ -154,6 +166,29 @@ class Session:
             self._await(poller, done, timeout, self._credits)
             return room()
 
+    def turn(self, timeout: float | None = None, *, room: bool = True) -> None:
+        """Block until the next result is complete, there is room, or a nudge. See ``Executor.turn``."""
+        with self._submitting, self._receiving:
+            self._check()
+            host = self._host
+
+            def done() -> bool:
+                return host.arrived() or (room and host.room())
+
+            poller, refills = (self._for_turn, self._rings) if room else (self._for_news, self._arrivals)
+            self._await(poller, done, timeout, refills)
+
+    def nudge(self) -> None:
+        """Make a ``turn`` in another thread come back early, or else the next one."""
+        with self._hearing:
+            # Never after _release: the number of a closed descriptor may be another file's by then.
+            if not self._closed:
+                os.eventfd_write(self._nudge, 1)
+
+    def seconds(self, sample: int) -> tuple[float, ...]:
+        """What each stage spent on a sample. See ``Executor.seconds``."""
+        return tuple(worker.records.seconds(worker.ports, sample) for worker in self._crew.workers)
+
     def poll(self) -> tuple[int, list[Any]] | None:
         """The next result if it is there, else None."""
         with self._receiving:
@@ -174,8 +209,36 @@ class Session:
     def _take(self, timeout: float | None) -> tuple[int, list[Any]] | None:
         host = self._host
         if host.arrived() or self._await(self._for_result, host.arrived, timeout, self._arrivals):
-            return host.collect(self._tensors)
+            try:
+                return host.collect(self._tensors)
+            except SampleFailed as failed:
+                raise self._reason(failed.sample) from None
         return None
+
+    def _reason(self, sample: int) -> PipelineError:
+        """Why a sample failed: its worker said so before it passed the word on."""
+        deadline = clock() + _REPORT_SECONDS
+        while sample not in self._errors:
+            if clock() > deadline or self._end is not None:
+                raise self._fail(self._end or PipelineError(f"sample {sample} failed, but no device says why"))
+            self._listen([fd for fd, _ in self._for_end.poll(100)])
+        return self._errors.pop(sample)
+
+    def _listen(self, fds: Iterable[int]) -> None:
+        """Take down what workers say of samples that failed, and that a worker has ended."""
+        with self._hearing:
+            # Both sides of the session may have been woken by one message.
+            ready = {fd for fd, _ in self._for_end.poll(0)}
+            for fd in ready.intersection(fds):
+                news = self._crew.hear(fd)
+                if isinstance(news, StageError):
+                    self._errors.setdefault(news.sample, news)
+                elif self._end is None:
+                    self._end = news
+            if len(self._errors) > 1:
+                over = [sample for sample in self._errors if sample < self._host.delivered]
+                for sample in over:
+                    self._errors.pop(sample)
 
     def detached(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
         """Names of weights that are no longer in the memory the workers use."""
@@ -207,8 +270,11 @@ class Session:
         if self._closed or os.getpid() != self._owner:
             if self._failure is not None:
                 raise PipelineClosed(f"the pipeline has failed: {self._failure}") from self._failure
+            if self._closed:
+                raise PipelineClosed("the pipeline is closed")
             raise PipelineClosed(
-                "the pipeline is closed" if self._closed else "the pipeline belongs to another process"
+                f"the pipeline belongs to process {self._owner}, and this is a fork of it: "
+                "compile or load one in this process"
             )
 
     def _await(
@@ -237,9 +303,14 @@ class Session:
             for fd, _ in events:
                 if fd in refills:
                     refills[fd].refill()
-            failed = [fd for fd, _ in events if fd in self._controls]
-            if failed and not done():
-                raise self._fail(self._crew.failure(failed))
+                elif fd == self._nudge:
+                    os.eventfd_read(fd)
+                    return done()
+            said = [fd for fd, _ in events if fd in self._controls]
+            if said:
+                self._listen(said)
+            if self._end is not None and not done():
+                raise self._fail(self._end)
             if clock() >= deadline:
                 return done()
         return True
@@ -284,8 +355,9 @@ class Session:
         try:
             if len(held) == 2:
                 self._host.forget()
-                self._arrivals, self._credits = {}, {}
-                self._crew.stop()
+                self._arrivals, self._credits, self._rings = {}, {}, {}
+                with self._hearing:
+                    self._crew.stop()
         finally:
             for lock in held:
                 lock.release()
