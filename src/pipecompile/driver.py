@@ -104,7 +104,7 @@ def compile(
     """
     if mode != "infer":
         raise PlanError(f"mode={mode!r} is not available; this version compiles for inference (mode='infer')")
-    tell = progress or _silent
+    tell = progress or silent
     _import_aside("pulp")
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
@@ -112,7 +112,7 @@ def compile(
     tell("trace", 0.0)
     with eager_models():
         traced = Trace(tuple(leaf), dynamic_shapes).apply(model, args, kwargs)
-    compiler = _Compiler(traced, flatten((args, kwargs))[0], CpuMeasure(), Lower(ahead), time_limit, profile_seconds)
+    compiler = Compiler(traced, flatten((args, kwargs))[0], CpuMeasure(), Lower(ahead), time_limit, profile_seconds)
     tell("profile", 0.3)
     profile = compiler.profile(use_cache)
     tell("partition", 0.6)
@@ -149,8 +149,8 @@ def _import_aside(module: str) -> None:
         thread.join()
 
 
-def _silent(_phase: str, _fraction: float) -> None:
-    pass
+def silent(_phase: str, _fraction: float) -> None:
+    """Progress that nobody watches."""
 
 
 def load(
@@ -221,7 +221,7 @@ def make_cluster(devices: int | Sequence[str] | Cluster) -> Cluster:
 
 
 @dataclass(frozen=True)
-class _Compiler:
+class Compiler:
     """The passes after trace, with what they share."""
 
     traced: Traced
@@ -232,6 +232,7 @@ class _Compiler:
     seconds: float
 
     def profile(self, use_cache: bool) -> Profile:
+        """Measured, or from the cache."""
         traced = self.traced
         step = ProfileLayers(self.seconds)
         found = cache.load(step.digest(traced.graph, traced.module)) if use_cache else None
@@ -249,6 +250,7 @@ class _Compiler:
         return now < 0.9 * profile.total
 
     def plan(self, profile: Profile, cluster: Cluster) -> Plan:
+        """The best cut for all devices of a cluster, its stages timed."""
         traced = self.traced
         partition = Partition(len(cluster.devices), time_limit=self.time_limit)
 
@@ -260,10 +262,12 @@ class _Compiler:
         )
 
     def program(self, plan: Plan) -> Program:
+        """The verified stream program of a plan."""
         graph = self.traced.graph
         return Verify().apply(self.lower.apply(graph, plan, Schedule("stream").apply(plan)), graph, plan)
 
     def package(self, plan: Plan, imports: tuple[str, ...]) -> Package:
+        """Generated code and everything that goes with it."""
         graph = self.traced.graph
         program = self.program(plan)
         specs = tuple(
