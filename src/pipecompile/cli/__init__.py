@@ -19,17 +19,21 @@ from pipecompile.cli.run import run_command
 from pipecompile.errors import PipecompileError
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+_HELP = """Turn a PyTorch model into a pipeline that runs on several cores at once.
+
+\b
+A first try, with a class Net in mynet.py:
+  pipecompile plan mynet.py:Net --input 1x3x224x224       would it be faster, and how?
+  pipecompile compile mynet.py:Net --input 1x3x224x224    write Net.pipe, ready to run
+  pipecompile run Net.pipe --input clip.mp4               stream a video through it
+  pipecompile report Net.pipe --input clip.mp4 -o a.html  see where the time goes
+"""
+
+
+@click.group(help=_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="pipecompile", prog_name="pipecompile")
 def cli() -> None:
-    r"""Turn a PyTorch model into a pipeline that runs on several cores at once.
-
-    \b
-    pipecompile plan mynet.py:Net --input 1x3x224x224         would it be faster, and how?
-    pipecompile compile mynet.py:Net --input 1x3x224x224      write Net.pipe, ready to run
-    pipecompile run Net.pipe --input clip.mp4                 stream a video through it
-    pipecompile report Net.pipe --input clip.mp4 -o page.html see where the time goes
-    """
+    """See ``_HELP``."""
 
 
 for command in (plan_command, compile_command, run_command, report_command):

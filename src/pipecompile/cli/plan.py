@@ -27,7 +27,7 @@ Examples:
 """
 
 
-@click.command("plan", help=_HELP)
+@click.command("plan", help=_HELP, short_help="Say what compiling would decide, beside every alternative.")
 @click.argument("factory")
 @input_option
 @devices_option

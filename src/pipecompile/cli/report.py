@@ -32,7 +32,7 @@ Examples:
 _SIMULATED = 64
 
 
-@click.command("report", help=_HELP)
+@click.command("report", help=_HELP, short_help="Show where the time of a compiled folder goes.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--input", "source", metavar="SOURCE", help="Stream this and measure; see `pipecompile run --help`.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write a web page that needs nothing else.")

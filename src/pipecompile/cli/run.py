@@ -85,7 +85,7 @@ def stream_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command("run", help=_HELP)
+@click.command("run", help=_HELP, short_help="Stream inputs through a compiled folder.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--input", "source", required=True, metavar="SOURCE", help="Where samples come from; see above.")
 @click.option("--output", "-o", metavar="FILE|-", help="Where results go; see above.  [default: nowhere]")
