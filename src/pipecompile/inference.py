@@ -20,6 +20,7 @@ from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.sample import Counts
 from pipecompile.ir.timeline import Timeline
+from pipecompile.runtime.surviving import Surviving
 from pipecompile.simulate import simulate
 from pipecompile.streams.call import call
 from pipecompile.streams.engine import Engine, ExecutorName, OnFailure
@@ -98,6 +99,12 @@ class InferencePipeline(nn.Module):
     def counts(self) -> Counts:
         """Where all samples since the beginning are, calls included; of one moment, from any thread."""
         return self._engine.ledger.counts()
+
+    @property
+    def restarts(self) -> int:
+        """How often the workers were replaced (``on_failure="restart"``) since they last were started at all."""
+        session = self._engine.session
+        return session.restarts if isinstance(session, Surviving) else 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One sample through the whole pipeline; the same result as the model's.

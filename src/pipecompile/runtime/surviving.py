@@ -167,6 +167,12 @@ class Surviving:
         """End the present executor. May be repeated."""
         self._inner.close()
 
+    def __enter__(self) -> Surviving:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _mine(self, take: Callable[[], Any]) -> Any:
         """A result under our number. An error of one sample is a result, too."""
         try:
