@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +15,9 @@ import torch
 from torch import nn
 
 from pipecompile import artefact, cache
+from pipecompile.eager import eager_models
 from pipecompile.errors import PipecompileWarning, PlanError
+from pipecompile.inference import InferencePipeline
 from pipecompile.ir.cluster import Cluster, Device, Link
 from pipecompile.ir.graph import TensorSpec
 from pipecompile.ir.measure import Measure
@@ -29,7 +34,6 @@ from pipecompile.passes.refine import Refine
 from pipecompile.passes.schedule import Schedule
 from pipecompile.passes.trace import Trace, Traced
 from pipecompile.passes.verify import Verify
-from pipecompile.pipeline import InferencePipeline
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.streams.engine import ExecutorName, OnFailure
 from pipecompile.streams.entrance import Overload
@@ -100,13 +104,15 @@ def compile(
     """
     if mode != "infer":
         raise PlanError(f"mode={mode!r} is not available; this version compiles for inference (mode='infer')")
-    tell = progress or _silent
+    tell = progress or silent
+    _import_aside("pulp")
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
     cluster = make_cluster(devices)
     tell("trace", 0.0)
-    traced = Trace(tuple(leaf), dynamic_shapes).apply(model, args, kwargs)
-    compiler = _Compiler(traced, flatten((args, kwargs))[0], CpuMeasure(), Lower(ahead), time_limit, profile_seconds)
+    with eager_models():
+        traced = Trace(tuple(leaf), dynamic_shapes).apply(model, args, kwargs)
+    compiler = Compiler(traced, flatten((args, kwargs))[0], CpuMeasure(), Lower(ahead), time_limit, profile_seconds)
     tell("profile", 0.3)
     profile = compiler.profile(use_cache)
     tell("partition", 0.6)
@@ -131,8 +137,20 @@ def compile(
     )
 
 
-def _silent(_phase: str, _fraction: float) -> None:
-    pass
+def _import_aside(module: str) -> None:
+    """Import in a thread of its own.
+
+    PuLP keeps the tracebacks of imports that failed within it, and these keep every frame of whoever
+    imported it first: the model compiled first, and the workers of its pipeline, would never end.
+    """
+    if module not in sys.modules:
+        thread = threading.Thread(target=importlib.import_module, args=(module,))
+        thread.start()
+        thread.join()
+
+
+def silent(_phase: str, _fraction: float) -> None:
+    """Progress that nobody watches."""
 
 
 def load(
@@ -203,7 +221,7 @@ def make_cluster(devices: int | Sequence[str] | Cluster) -> Cluster:
 
 
 @dataclass(frozen=True)
-class _Compiler:
+class Compiler:
     """The passes after trace, with what they share."""
 
     traced: Traced
@@ -214,6 +232,7 @@ class _Compiler:
     seconds: float
 
     def profile(self, use_cache: bool) -> Profile:
+        """Measured, or from the cache."""
         traced = self.traced
         step = ProfileLayers(self.seconds)
         found = cache.load(step.digest(traced.graph, traced.module)) if use_cache else None
@@ -231,6 +250,7 @@ class _Compiler:
         return now < 0.9 * profile.total
 
     def plan(self, profile: Profile, cluster: Cluster) -> Plan:
+        """The best cut for all devices of a cluster, its stages timed."""
         traced = self.traced
         partition = Partition(len(cluster.devices), time_limit=self.time_limit)
 
@@ -242,10 +262,12 @@ class _Compiler:
         )
 
     def program(self, plan: Plan) -> Program:
+        """The verified stream program of a plan."""
         graph = self.traced.graph
         return Verify().apply(self.lower.apply(graph, plan, Schedule("stream").apply(plan)), graph, plan)
 
     def package(self, plan: Plan, imports: tuple[str, ...]) -> Package:
+        """Generated code and everything that goes with it."""
         graph = self.traced.graph
         program = self.program(plan)
         specs = tuple(
