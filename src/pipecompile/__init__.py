@@ -10,7 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipecompile import sources
     from pipecompile._version import __version__
+    from pipecompile.decorator import pipeline
     from pipecompile.driver import compile, load
     from pipecompile.errors import (
         ArtefactError,
@@ -28,18 +30,22 @@ if TYPE_CHECKING:
         WorkerDied,
         WorkerHung,
     )
+    from pipecompile.inference import InferencePipeline
     from pipecompile.ir.cluster import Cluster, Device, Link
     from pipecompile.ir.sample import Counts, Record, Result, Sample
-    from pipecompile.pipeline import InferencePipeline
     from pipecompile.streams.pulled import Stream
     from pipecompile.streams.pushed import Results
     from pipecompile.streams.ticket import Ticket
+
+#: Packages reached by attribute: ``pipecompile.sources.VideoFile``.
+_ROOMS = ("sources",)
 
 _HOME = {
     "__version__": "_version",
     "compile": "driver",
     "load": "driver",
-    "InferencePipeline": "pipeline",
+    "pipeline": "decorator",
+    "InferencePipeline": "inference",
     "Cluster": "ir.cluster",
     "Device": "ir.cluster",
     "Link": "ir.cluster",
@@ -81,11 +87,15 @@ __all__ = [
     "__version__",
     "compile",
     "load",
+    "pipeline",
+    "sources",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name from the module it lives in."""
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'errors')}"), name)

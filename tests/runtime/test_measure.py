@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from pipecompile.ir.measure import Job
 from pipecompile.runtime.measure import CpuMeasure
 
 MODEL = """
@@ -23,6 +24,8 @@ def model(clock, weight, counter, x):
 def stage_0(counter):
     counter.add_(1)
     time.sleep(0.003)
+def quick():
+    pass
 def broken():
     raise ValueError("as asked")
 """
@@ -51,16 +54,18 @@ def test_layers_are_timed_in_place_and_arguments_left_alone() -> None:
     assert torch.backends.mha.get_fastpath_enabled() is fastpath
 
 
-def test_stage() -> None:
+def test_functions_are_timed_in_turns() -> None:
     counter = torch.zeros(())
-    assert CpuMeasure().stage(MODEL, "stage_0", [counter], 0.02) >= 0.003
+    quick, slow = CpuMeasure().functions([Job(MODEL, "quick", []), Job(MODEL, "stage_0", [counter])], 0.02)
+    assert quick < slow
+    assert slow >= 0.003
     assert counter == 0
 
 
 def test_settings_come_back_after_an_error() -> None:
     threads, affinity = torch.get_num_threads(), os.sched_getaffinity(0)
     with pytest.raises(ValueError, match="as asked"):
-        CpuMeasure().stage(MODEL, "broken", [], 0.01)
+        CpuMeasure().functions([Job(MODEL, "broken", [])], 0.01)
     assert (torch.get_num_threads(), os.sched_getaffinity(0)) == (threads, affinity)
     assert gc.isenabled()
 

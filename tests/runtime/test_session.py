@@ -461,11 +461,14 @@ def test_workers_follow_a_parent_that_just_ends() -> None:
 
 
 def test_interrupt_reaches_the_caller_only(shared: Session) -> None:
+    # A test run started in the background inherits an ignored SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         shared.result(timeout=10)
     timer.join()
+    signal.signal(signal.SIGINT, before)
     assert torch.equal(run_all(shared, samples(1))[0][1][0], expected(weights(), samples(1)[0]))
 
 

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipecompile.ir.cluster import Link
+
+
+@dataclass(frozen=True)
+class Job:
+    """A function of a generated module, by name, and what to call it with."""
+
+    source: str
+    function: str
+    arguments: Sequence[Any]
 
 
 class Measure(Protocol):
@@ -21,8 +31,12 @@ class Measure(Protocol):
         """
         ...
 
-    def stage(self, source: str, function: str, arguments: Sequence[Any], budget: float) -> float:
-        """Median time of one generated stage function, run alone."""
+    def functions(self, jobs: Sequence[Job], budget: float) -> list[float]:
+        """Median time of each job, for about ``budget`` seconds each.
+
+        The jobs take turns of many runs: while a turn lasts a job has the caches to itself, as a
+        stage on its own device has; a change of the machine's speed meets all of them alike.
+        """
         ...
 
     def link(self) -> Link:

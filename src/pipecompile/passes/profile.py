@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from pipecompile.ir.graph import ModelGraph, TensorSpec
-from pipecompile.ir.measure import Measure
+from pipecompile.ir.measure import Job, Measure
 from pipecompile.ir.profile import Profile
 from pipecompile.passes.codegen import Codegen
 from pipecompile.passes.emit import Emitter
@@ -55,6 +55,18 @@ class ProfileLayers:
         for name, leaf in zip(graph.inputs, leaves, strict=True):
             sizes.setdefault(name, TensorSpec.of(leaf).nbytes)
         return Profile(tuple(seconds), sizes, measure.link(), total, repeats, self.digest(graph, module))
+
+
+def whole_model(
+    graph: ModelGraph, module: fx.GraphModule, tensors: Mapping[str, torch.Tensor], leaves: Sequence[Any]
+) -> Job:
+    """The whole model on the example ``leaves``, to time beside its stages."""
+    source, names = Codegen().model_function(Emitter(graph, module))
+    return Job(source, "model", [_no_clock, *state_for_timing(graph, tensors, names), *copies(leaves)])
+
+
+def _no_clock(_layer: int) -> None:
+    pass
 
 
 def state_for_timing(graph: ModelGraph, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> list[Any]:

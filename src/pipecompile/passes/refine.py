@@ -10,14 +10,14 @@ import torch
 from torch import fx
 
 from pipecompile.ir.graph import ModelGraph
-from pipecompile.ir.measure import Measure
+from pipecompile.ir.measure import Job, Measure
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.profile import Profile
 from pipecompile.ir.program import Program
 from pipecompile.passes.codegen import Codegen, stage_state
 from pipecompile.passes.emit import HEADER, Emitter
 from pipecompile.passes.observe import copies
-from pipecompile.passes.profile import state_for_timing
+from pipecompile.passes.profile import state_for_timing, whole_model
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Refine:
     """Correct a plan by measurement.
 
     The plan is cut again, at most ``rounds`` times, while the slowest stage takes more than
-    ``tolerance`` longer or shorter than predicted; the plan with the fastest slowest stage wins.
-    ``budget`` is the time in seconds for timing one stage.
+    ``tolerance`` longer or shorter than predicted; the best balanced plan wins. ``budget`` is the
+    time in seconds for timing one stage. The whole model is timed in turns with the stages and all
+    comparisons are relative to it, so that a machine that changes its speed moves no cut.
     """
 
     tolerance: float = 0.10
@@ -53,22 +54,25 @@ class Refine:
             if cut in seen:
                 break
             seen.add(cut)
-            times = self.time_stages(graph, module, tensors, leaves, plan, lower(plan), measure)
+            jobs = self._jobs(graph, module, tensors, leaves, plan, lower(plan))
+            total, *times = measure.functions([whole_model(graph, module, tensors, leaves), *jobs], self.budget)
             stages = tuple(replace(s, measured=t) for s, t in zip(plan.stages, times, strict=True))
-            plans.append(replace(plan, stages=stages))
-            worst = max(stages, key=lambda s: s.load)
-            predicted = max(s.seconds + s.transfer for s in stages)
-            if len(stages) == 1 or abs(worst.load / predicted - 1) <= self.tolerance:
+            plans.append(replace(plan, stages=stages, total=total))
+            drift = total / profile.total if profile.total else 1.0
+            predicted = max(s.seconds + s.transfer for s in stages) * drift
+            if len(stages) == 1 or abs(plans[-1].slowest / predicted - 1) <= self.tolerance:
                 break
-            factors = {i: t / s.seconds for s, t in zip(plan.stages, times, strict=True) if s.seconds for i in s.layers}
+            factors = {
+                i: t / s.seconds / drift for s, t in zip(plan.stages, times, strict=True) if s.seconds for i in s.layers
+            }
             profile = profile.scaled(factors)
-        best = min(plans, key=lambda p: p.slowest)
+        best = max(plans, key=lambda p: p.balance)
         if len(plans) > 1:
-            note = f"cut {len(plans)} times: the slowest stage alone took {plans[0].slowest * 1e3:.3f} ms at first, "
-            best = replace(best, notes=(*best.notes, note + f"{best.slowest * 1e3:.3f} ms in the plan kept"))
+            note = f"cut {len(plans)} times by timing the finished stages: balance {plans[0].balance:.3f} at first, "
+            best = replace(best, notes=(*best.notes, note + f"{best.balance:.3f} in the plan kept"))
         return best
 
-    def time_stages(
+    def _jobs(
         self,
         graph: ModelGraph,
         module: fx.GraphModule,
@@ -76,11 +80,10 @@ class Refine:
         leaves: Sequence[Any],
         plan: Plan,
         program: Program,
-        measure: Measure,
-    ) -> list[float]:
-        """Median seconds of every stage function, each run alone on real values."""
+    ) -> list[Job]:
+        """Every stage function with real values to call it with."""
         values: dict[str, Any] = dict(zip(graph.inputs, copies(leaves), strict=True))
-        times: list[float] = []
+        jobs: list[Job] = []
         for stage in plan.stages:
             reads = [v for e in program.edges if e.target == stage.index for v in e.values]
             makes = list(dict.fromkeys(v for e in program.edges if e.source == stage.index for v in e.values))
@@ -90,9 +93,9 @@ class Refine:
             text = Codegen().stage_function(emit, "stage", layers, names, reads, makes)
             source = "\n\n".join([HEADER, *emit.functions.values(), text])
             arguments = [*state_for_timing(graph, tensors, names), *(values[v] for v in reads)]
-            times.append(measure.stage(source, "stage", arguments, self.budget))
+            jobs.append(Job(source, "stage", arguments))
             namespace: dict[str, Any] = {}
             exec(compile(source, "<stage>", "exec"), namespace)
             with torch.no_grad():
                 values.update(zip(makes, namespace["stage"](*copies(arguments)), strict=True))
-        return times
+        return jobs

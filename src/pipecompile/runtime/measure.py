@@ -17,6 +17,7 @@ import torch
 
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.graph import TensorSpec
+from pipecompile.ir.measure import Job
 from pipecompile.ir.program import Edge
 from pipecompile.runtime.allocator import keeping
 from pipecompile.runtime.channels.shared_memory import SharedEdge
@@ -25,6 +26,7 @@ from pipecompile.runtime.numerics import stage_mode
 
 _WARM_UP = 2
 _MIN_REPEATS = 3
+_TURNS = 5
 
 #: The other end of a measured edge, in a bare interpreter: reads each message once, as a stage would.
 _ECHO = """
@@ -79,18 +81,18 @@ class CpuMeasure:
             len(wholes),
         )
 
-    def stage(self, source: str, function: str, arguments: Sequence[Any], budget: float) -> float:
-        """Median seconds of one stage function. See ``Measure``."""
-        run = execute(source, "<measured stage>")[function]
-        now = time.perf_counter
-
-        def once() -> float:
-            begin = now()
-            run(*arguments)
-            return now() - begin
-
-        with self._quiet(arguments):
-            return statistics.median(_repeat(once, budget))
+    def functions(self, jobs: Sequence[Job], budget: float) -> list[float]:
+        """Median seconds of each job. See ``Measure``."""
+        runs = [_timed(execute(job.source, "<measured stage>")[job.function], job.arguments) for job in jobs]
+        times: list[list[float]] = [[] for _ in jobs]
+        with self._quiet([argument for job in jobs for argument in job.arguments]):
+            deadline = time.perf_counter() + budget * len(jobs)
+            for turn in range(_TURNS):
+                if turn and time.perf_counter() > deadline:
+                    break
+                for once, seen in zip(runs, times, strict=True):
+                    seen += _repeat(once, budget / _TURNS)
+        return [statistics.median(seen) for seen in times]
 
     def link(self) -> Link:
         """Busy time of a sender's end, from messages of 4 KiB and 4 MiB to another process.
@@ -140,6 +142,17 @@ class CpuMeasure:
 
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _timed(run: Callable[..., Any], arguments: Sequence[Any]) -> Callable[[], float]:
+    now = time.perf_counter
+
+    def once() -> float:
+        begin = now()
+        run(*arguments)
+        return now() - begin
+
+    return once
 
 
 def _repeat(once: Callable[[], float], budget: float) -> list[float]:

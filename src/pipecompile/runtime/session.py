@@ -156,7 +156,7 @@ class Session:
             def done() -> bool:
                 return room() or (or_result and (any(r.available for r in host.receivers) or bool(self._look.poll(0))))
 
-            self._await(poller, done, timeout, self._credits)
+            self._await(poller, done, timeout, self._credits, full=or_result)
             return room()
 
     def turn(self, timeout: float | None = None, *, room: bool = True) -> None:
@@ -252,8 +252,13 @@ class Session:
         done: Callable[[], bool],
         timeout: float | None,
         refills: Mapping[int, RingReceiver | RingSender],
+        *,
+        full: bool = False,
     ) -> bool:
-        """Wait until ``done``; False if that takes longer than ``timeout``. Fails when a device does."""
+        """Wait until ``done``; False if that takes longer than ``timeout``. Fails when a device does.
+
+        ``full``: the caller waits for room and for results alike, so it need not be woken for each.
+        """
         deadline = math.inf if timeout is None else clock() + timeout
         while not done():
             watching = self.in_flight > 0
@@ -263,6 +268,9 @@ class Session:
             delay = self._host.delay()
             if delay > 0.0:
                 seconds = min(seconds, delay)
+            elif full and not self._slack and (nap := self._host.nap()):
+                time.sleep(nap)
+                seconds = 0.0
             if 0.0 < seconds < 0.002:
                 # poll counts in whole milliseconds.
                 time.sleep(seconds)

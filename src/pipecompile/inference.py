@@ -91,6 +91,11 @@ class InferencePipeline(nn.Module):
         return self._package
 
     @property
+    def closed(self) -> bool:
+        """Whether it was closed or has failed, and cannot be used any more."""
+        return self._engine.closed
+
+    @property
     def counts(self) -> Counts:
         """Where all samples since the beginning are, calls included; of one moment, from any thread."""
         return self._engine.ledger.counts()
@@ -215,6 +220,26 @@ class InferencePipeline(nn.Module):
         if self._engine.session is None:
             raise PipelineClosed("nothing has run yet: there is no timeline")
         return self._engine.session.timeline()
+
+    def report(self, path: str | os.PathLike[str]) -> Path:
+        """Write a web page that shows the plan and, where something has run, predicted beside measured.
+
+        The page needs nothing else: no network and no script.
+
+        Raises:
+            InputError: if the file cannot be written.
+        """
+        from pipecompile.report.html import html
+
+        measured = None if self._engine.session is None else self.timeline()
+        if measured is not None and not measured.finishes:
+            measured = None
+        target = Path(path)
+        try:
+            target.write_text(html(self._package, self.simulate(), measured), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write {target}: {error.strerror or error}") from error
+        return target
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the pipeline to a folder that :func:`pipecompile.load` reads without the model's source.
