@@ -62,7 +62,7 @@ def test_optimal_on_plain_problems(problem: Problem) -> None:
     optimal(problem)
 
 
-@settings(RELAXED, max_examples=100)
+@settings(RELAXED, max_examples=60)
 @given(problem=oracles.problems(7))
 def test_optimal_with_all_features_at_once(problem: Problem) -> None:
     optimal(problem)
