@@ -22,18 +22,21 @@ if TYPE_CHECKING:
         PlanError,
         ProgramError,
         StageError,
+        StepError,
         TraceError,
         WorkerDied,
         WorkerHung,
     )
     from pipecompile.ir.cluster import Cluster, Device, Link
     from pipecompile.pipeline import InferencePipeline
+    from pipecompile.training import TrainingPipeline
 
 _HOME = {
     "__version__": "_version",
     "compile": "driver",
     "load": "driver",
     "InferencePipeline": "pipeline",
+    "TrainingPipeline": "training",
     "Cluster": "ir.cluster",
     "Device": "ir.cluster",
     "Link": "ir.cluster",
@@ -53,7 +56,9 @@ __all__ = [
     "PlanError",
     "ProgramError",
     "StageError",
+    "StepError",
     "TraceError",
+    "TrainingPipeline",
     "WorkerDied",
     "WorkerHung",
     "__version__",
