@@ -243,7 +243,7 @@ class _Search:
                 for at, task in enumerate(left):
                     share = self.left * (1.0 if at == len(left) - 1 else 0.6)
                     programs.run(task, min(share, FIRST_TURN) if round == 0 and len(tasks) > 1 else share)
-                if round == 0 and not self.closed:
+                if round == 0 and not all(task.done for task in tasks):
                     programs.polish(time.perf_counter() + self.left * POLISH)
         if not all(task.done for task in tasks) and not self.closed and programs.names:
             self.notes.append("the time limit ended the search: this is the best plan found until then")
