@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 from pipecompile.passes.partition.classes import Classes, Group
 from pipecompile.passes.partition.downsets import Family, Floats
 from pipecompile.passes.partition.problem import Problem
-from pipecompile.passes.partition.terms import EDGES, Factors, Terms, dense, factors, terms_of
+from pipecompile.passes.partition.terms import EDGES, Band, Factors, Terms, factors, terms_of
 
 #: Pairs looked at together, which bounds the memory a block takes.
-BLOCK = 1 << 22
+BLOCK = 1 << 20
+
+#: Entries of the factors that make up the costs of all pairs, at most.
+MOST_FACTORS = 10_000_000
 
 
 class TooMany(Exception):
@@ -123,12 +126,16 @@ def pairs_of(problem: Problem, classes: Classes, family: Family, limit: float, m
         TooMany: if there are more than ``most``.
     """
     terms = terms_of(problem, family)
-    kinds = {kind for kind in terms.kinds if kind not in EDGES and (kind != "rings" or problem.limited)}
+    if not family.chain and len(terms.products) * family.size > MOST_FACTORS:
+        raise TooMany
+    wanted = {"bytes": True, "tied": bool(problem.memory.update_every)}
+    wanted["weights"] = problem.limited or wanted["tied"]
+    kinds = {kind for kind in terms.kinds if kind not in EDGES and wanted.get(kind, problem.limited)}
     counts = [kind for kind in EDGES if kind in terms.kinds] if classes.latency else []
     seconds = [family.total(problem.seconds(devices[0])) for devices in classes.members]
     widest = len(problem.places) if problem.replicas else 1
     chosen = _Selection(problem, classes, family, seconds, limit * widest)
-    blocks: Callable[[str, slice, slice], Floats] = (_dense if family.chain else _sparse)(family, terms)
+    blocks: Callable[[str, slice, slice], Floats] = (_banded if family.chain else _sparse)(family, terms)
     parts: list[tuple[NDArray[np.intp], NDArray[np.intp], list[Floats], Floats]] = []
     total = 0
     for rows, columns in chosen.blocks():
@@ -216,13 +223,13 @@ class _Selection:
         return keep
 
 
-def _dense(family: Family, terms: Terms) -> Callable[[str, slice, slice], Floats]:
-    known: dict[str, Floats] = {}
+def _banded(family: Family, terms: Terms) -> Callable[[str, slice, slice], Floats]:
+    known: dict[str, Band] = {}
 
     def block(kind: str, rows: slice, columns: slice) -> Floats:
         if kind not in known:
-            known[kind] = dense(family, terms, kind)
-        return known[kind][rows, columns]
+            known[kind] = Band(family, terms, kind)
+        return known[kind].block(rows, columns)
 
     return block
 

@@ -149,7 +149,7 @@ class Programs:
             if left <= 0:
                 return None
             try:
-                answer = self.engine.solve(self.names[0], model, start, left, search.gap)
+                answer = self.engine.solve(self.names[0], model, start, 0.95 * left, search.gap)
                 if answer.infeasible and start is not None:
                     raise SolverFailed("it calls a model infeasible that has a solution")
             except SolverFailed as error:

@@ -40,6 +40,9 @@ MOST_PAIRS, MOST_WORK = 20_000_000, 400_000_000
 MOST_ARRANGEMENTS = 400
 
 
+#: Above so many layers, a problem merged to so many groups is planned first.
+COARSE = 300
+
 #: Seconds for the first program of each order of the devices, and the share of what is left then
 #: that goes into improving the best plan.
 FIRST_TURN, POLISH = 0.5, 0.3
@@ -50,7 +53,8 @@ class Solution:
     """The best placement found, what the judge says of it, and what is proved.
 
     ``bound`` is a proved lower bound of the objective of any feasible placement; ``fewer`` the
-    largest loads, by number of devices, of plans found with fewer devices (not proved).
+    largest loads, by number of devices, of plans found with fewer devices (not proved, and only
+    those that may be as good).
     """
 
     placement: Placement
@@ -72,13 +76,17 @@ class Solution:
         return max(0.0, 1 - self.bound / self.objective) if self.objective > 0 else 0.0
 
 
-def solve(problem: Problem, time_limit: float = 10.0, gap: float = 1e-4, solver: SolverName = "auto") -> Solution:
+def solve(
+    problem: Problem, time_limit: float = 10.0, gap: float = 1e-4, solver: SolverName = "auto", coarsen: int = 0
+) -> Solution:
     """Place the problem's layers.
 
     The dynamic programs along topological orders always run. The one over all downsets, where they
     are few, and the integer program get what is left of ``time_limit`` seconds and stop at a relative
     ``gap``. ``auto`` tries HiGHS, then CBC; ``highs`` and ``cbc`` leave out the program over all
-    downsets; ``none`` the integer program.
+    downsets; ``none`` the integer program. ``coarsen``: merge layers until so many groups are left,
+    plan those, and only improve the borders of that plan on the layers; the bound then is the plain
+    one of even shares. Above ``COARSE`` layers the merged problem is tried first in any case.
 
     Raises:
         PlanError: if no placement meets the constraints (with the constraint and the amount), if
@@ -91,7 +99,11 @@ def solve(problem: Problem, time_limit: float = 10.0, gap: float = 1e-4, solver:
     started = time.perf_counter()
     contraction = forced(problem)
     search = _Search(contraction.problem, gap, started + time_limit)
-    search.run(solver)
+    if coarsen and contraction.problem.layers > coarsen:
+        search.coarse(solver, coarsen, 0.8)
+        search.polish(solver)
+    if search.best is None:
+        search.run(solver)
     if search.best is None:
         raise PlanError(explain(contraction.problem, search.short, search.proved))
     placement = contraction.expand(search.best)
@@ -136,19 +148,62 @@ class _Search:
 
     def run(self, solver: SolverName) -> None:
         """The methods in turn."""
-        for order in orders(self.problem):
+        tried = orders(self.problem)
+        self._seed(tried[0])
+        for order in tried:
             self._dynamic(chain(order), "chain")
             if self.closed:
                 return
         exhaustive = solver in ("auto", "none") and self.problem.chunks == 1
         done = exhaustive and self._downsets(FEW_DOWNSETS)
-        if self.closed or (done and self.best is None):
+        if self.closed or self.proved:
             return
         if solver != "none":
+            if self.problem.layers > COARSE and self.left > 0:
+                self.coarse(solver, COARSE, 0.25)
             names: list[str] = [*SOLVERS] if solver == "auto" else [solver]
             self._programs(names)
         if exhaustive and not done and not self.closed and not self.proved and self.left > 0:
             self._downsets(MOST_DOWNSETS)
+
+    def _seed(self, order: tuple[int, ...]) -> None:
+        """Cut one order where the cost's running sum is even: bounds what the dynamic programs must look at."""
+        problem = self.problem
+        arrangement = next(arrangements(self.classes, empties=False))
+        speeds = [sum(relative_speed(problem, d) for d in devices) for devices in arrangement]
+        if problem.layers < len(arrangement) or not isfinite(sum(speeds)):
+            return
+        shares = np.cumsum(speeds)[:-1] / sum(speeds)
+        sums = np.cumsum([problem.cost[layer] for layer in order])
+        ends = np.searchsorted(sums, shares * sums[-1]).tolist() + [problem.layers]
+        for stage in range(len(ends) - 1):  # no stage may be empty, none of the later ones either
+            ends[stage] = max(ends[stage], ends[stage - 1] + 1 if stage else 1)
+            ends[stage] = min(ends[stage], problem.layers - (len(ends) - 1 - stage))
+        stage_of = [0] * problem.layers
+        for stage in range(1, len(ends)):
+            for layer in order[ends[stage - 1] : ends[stage]]:
+                stage_of[layer] = stage
+        placement = Placement(tuple(stage_of), arrangement)
+        if not problem.check(placement):
+            self.offer([placement], "chain")
+
+    def coarse(self, solver: SolverName, most: int, share: float) -> None:
+        """Plan the problem with layers merged to ``most`` groups, in a share of the time left."""
+        from pipecompile.passes.coarsen import Coarsen
+
+        merged = Coarsen(most, share=4 / most).apply(self.problem)
+        if len(merged.groups) < self.problem.most_stages or len(merged.groups) == self.problem.layers:
+            return
+        search = _Search(merged.problem, self.gap, time.perf_counter() + share * self.left)
+        search.run(solver)
+        if search.best is not None and self.offer([merged.expand(search.best)], f"{search.name}, merged"):
+            self.notes.append(f"{self.problem.layers} layers were planned as {len(merged.groups)} groups first")
+
+    def polish(self, solver: SolverName) -> None:
+        """Improve the borders of the best plan in what time is left."""
+        if solver != "none" and not self.closed and self.left > 0:
+            with Programs(self, [*SOLVERS] if solver == "auto" else [solver], False) as programs:
+                programs.polish(self.deadline)
 
     def offer(self, candidates: Iterable[Placement], name: str) -> bool:
         """Judge candidates and keep the best. Whether the objective improved."""
