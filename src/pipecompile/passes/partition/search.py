@@ -40,12 +40,9 @@ MOST_PAIRS, MOST_WORK = 20_000_000, 400_000_000
 MOST_ARRANGEMENTS = 400
 
 
-#: Above so many layers, a problem merged to so many groups is planned first.
-COARSE = 300
-
 #: Seconds for the first program of each order of the devices, and the share of what is left then
 #: that goes into improving the best plan.
-FIRST_TURN, POLISH = 0.5, 0.3
+FIRST_TURN, POLISH = 0.5, 0.5
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def solve(
     ``gap``. ``auto`` tries HiGHS, then CBC; ``highs`` and ``cbc`` leave out the program over all
     downsets; ``none`` the integer program. ``coarsen``: merge layers until so many groups are left,
     plan those, and only improve the borders of that plan on the layers; the bound then is the plain
-    one of even shares. Above ``COARSE`` layers the merged problem is tried first in any case.
+    one of even shares.
 
     Raises:
         PlanError: if no placement meets the constraints (with the constraint and the amount), if
@@ -159,10 +156,7 @@ class _Search:
         if self.closed or self.proved:
             return
         if solver != "none":
-            if self.problem.layers > COARSE and self.left > 0:
-                self.coarse(solver, COARSE, 0.25)
-            names: list[str] = [*SOLVERS] if solver == "auto" else [solver]
-            self._programs(names)
+            self._programs(solver)
         if exhaustive and not done and not self.closed and not self.proved and self.left > 0:
             self._downsets(MOST_DOWNSETS)
 
@@ -279,8 +273,9 @@ class _Search:
         """A few arrangements, where there are too many to try them all."""
         yield from islice(arrangements(self.classes, empties=True), 8)
 
-    def _programs(self, names: list[str]) -> None:
+    def _programs(self, solver: SolverName) -> None:
         """Integer programs, one for each arrangement of the devices."""
+        names: list[str] = [*SOLVERS] if solver == "auto" else [solver]
         empties = self.problem.idle and not self.problem.positional
         found = list(islice(arrangements(self.classes, empties), MOST_ARRANGEMENTS + 1))
         complete = len(found) <= MOST_ARRANGEMENTS
@@ -292,13 +287,16 @@ class _Search:
         tasks = [Task(arrangement) for arrangement in found]
         with Programs(self, names, empties) as programs:
             for round in range(3):
-                # Unlike orders of devices take unlike time: a short turn each, then the easy ones first, so
-                # that the hard ones have what is left.
+                # A short turn each; then the best plan is improved; then the easy ones come first, so that
+                # the hard ones have what is left.
                 left = sorted((task for task in tasks if not task.done), key=lambda task: -task.bound)
                 for at, task in enumerate(left):
+                    if self.left <= 0:
+                        break
                     share = self.left * (1.0 if at == len(left) - 1 else 0.6)
-                    programs.run(task, min(share, FIRST_TURN) if round == 0 and len(tasks) > 1 else share)
-                if round == 0 and not all(task.done for task in tasks):
+                    turn = FIRST_TURN if len(tasks) > 1 else max(FIRST_TURN, 0.1 * self.left)
+                    programs.run(task, min(share, turn) if round == 0 else share)
+                if round == 0 and not all(task.done for task in tasks) and programs.names:
                     programs.polish(time.perf_counter() + self.left * POLISH)
         if not all(task.done for task in tasks) and not self.closed and programs.names:
             self.notes.append("the time limit ended the search: this is the best plan found until then")
