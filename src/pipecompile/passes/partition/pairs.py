@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
@@ -22,7 +23,7 @@ MOST_FACTORS = 10_000_000
 
 
 class TooMany(Exception):
-    """There are more pairs than was allowed. Never leaves this package."""
+    """There are more pairs, or they take longer, than was allowed. Never leaves this package."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,11 +120,13 @@ class Pairs:
         return count[self.upper] - count[self.lower] > 0.5
 
 
-def pairs_of(problem: Problem, classes: Classes, family: Family, limit: float, most: int) -> Pairs:
+def pairs_of(
+    problem: Problem, classes: Classes, family: Family, limit: float, most: int, deadline: float = inf
+) -> Pairs:
     """All pairs whose load on some group of devices is at most ``limit`` seconds.
 
     Raises:
-        TooMany: if there are more than ``most``.
+        TooMany: if there are more than ``most``, or the clock (``time.perf_counter``) passes ``deadline``.
     """
     terms = terms_of(problem, family)
     if not family.chain and len(terms.products) * family.size > MOST_FACTORS:
@@ -151,7 +154,7 @@ def pairs_of(problem: Problem, classes: Classes, family: Family, limit: float, m
         keep = chosen.affordable(upper, lower, edges, dict(zip(sorted(kinds), amounts, strict=True)))
         parts.append((upper[keep], lower[keep], [amount[keep] for amount in amounts], edges[keep]))
         total += int(np.count_nonzero(keep))
-        if total > most:
+        if total > most or time.perf_counter() > deadline:
             raise TooMany
     upper = np.concatenate([part[0] for part in parts] or [np.zeros(0, dtype=np.intp)])
     lower = np.concatenate([part[1] for part in parts] or [np.zeros(0, dtype=np.intp)])

@@ -18,6 +18,7 @@ from pipecompile.passes.partition.diagnose import explain
 from pipecompile.passes.partition.downsets import Family, all_downsets, chain, orders
 from pipecompile.passes.partition.dynamic import TIE, Dynamic, Outcome
 from pipecompile.passes.partition.load import Verdict, judge
+from pipecompile.passes.partition.even import even_cut
 from pipecompile.passes.partition.pairs import TooMany, pairs_of
 from pipecompile.passes.partition.problem import Arrangement, Placement, Problem
 from pipecompile.passes.partition.programs import Programs, Task
@@ -34,7 +35,7 @@ AGREE = 1e-6
 FEW_DOWNSETS, MOST_DOWNSETS = 5_000, 20_000
 
 #: Pairs of downsets kept at most, and pairs x transitions a dynamic program may take.
-MOST_PAIRS, MOST_WORK = 20_000_000, 400_000_000
+MOST_PAIRS, MOST_WORK = 8_000_000, 400_000_000
 
 #: Arrangements of unlike devices for which integer programs are solved at most.
 MOST_ARRANGEMENTS = 400
@@ -146,7 +147,9 @@ class _Search:
     def run(self, solver: SolverName) -> None:
         """The methods in turn."""
         tried = orders(self.problem)
-        self._seed(tried[0])
+        even = even_cut(self.problem, next(arrangements(self.classes, empties=False)), tried[0])
+        if even is not None:
+            self.offer([even], "chain")
         for order in tried:
             self._dynamic(chain(order), "chain")
             if self.closed:
@@ -159,27 +162,6 @@ class _Search:
             self._programs(solver)
         if exhaustive and not done and not self.closed and not self.proved and self.left > 0:
             self._downsets(MOST_DOWNSETS)
-
-    def _seed(self, order: tuple[int, ...]) -> None:
-        """Cut one order where the cost's running sum is even: bounds what the dynamic programs must look at."""
-        problem = self.problem
-        arrangement = next(arrangements(self.classes, empties=False))
-        speeds = [sum(relative_speed(problem, d) for d in devices) for devices in arrangement]
-        if problem.layers < len(arrangement) or not isfinite(sum(speeds)):
-            return
-        shares = np.cumsum(speeds)[:-1] / sum(speeds)
-        sums = np.cumsum([problem.cost[layer] for layer in order])
-        ends = np.searchsorted(sums, shares * sums[-1]).tolist() + [problem.layers]
-        for stage in range(len(ends) - 1):  # no stage may be empty, none of the later ones either
-            ends[stage] = max(ends[stage], ends[stage - 1] + 1 if stage else 1)
-            ends[stage] = min(ends[stage], problem.layers - (len(ends) - 1 - stage))
-        stage_of = [0] * problem.layers
-        for stage in range(1, len(ends)):
-            for layer in order[ends[stage - 1] : ends[stage]]:
-                stage_of[layer] = stage
-        placement = Placement(tuple(stage_of), arrangement)
-        if not problem.check(placement):
-            self.offer([placement], "chain")
 
     def coarse(self, solver: SolverName, most: int, share: float) -> None:
         """Plan the problem with layers merged to ``most`` groups, in a share of the time left."""
@@ -226,7 +208,7 @@ class _Search:
         if problem.goal.kind == "latency":
             limit = min(limit, problem.goal.limit * (1 + TIE))
         try:
-            pairs = pairs_of(problem, self.classes, family, limit, MOST_PAIRS)
+            pairs = pairs_of(problem, self.classes, family, limit, MOST_PAIRS, inf if family.chain else self.deadline)
         except TooMany:
             return False
         runs: list[tuple[Dynamic, bool]] = []
