@@ -2,7 +2,7 @@
 
 Two kinds of merge. *Lossless*: a layer that costs nothing joins the only layer it reads from, or
 the only one that reads it, where the border beyond it is no heavier; some optimum keeps them
-together (up to the latency of a message, where messages have one). *Bounded*: neighbours join along
+together, where devices may be idle (up to the latency of a message, where messages have one). *Bounded*: neighbours join along
 the heaviest transfers as long as a group stays below ``share`` of an even stage. A plan of the
 groups can then always be had from a plan of the layers by moving less than one group across each
 border, and never cuts a heavier transfer for it.
@@ -18,7 +18,7 @@ import numpy as np
 from networkx.utils import UnionFind
 
 from pipecompile.passes.partition.contract import Contraction, contract
-from pipecompile.passes.partition.problem import HOST, Problem
+from pipecompile.passes.partition.problem import HOST, Problem, Value
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _alike(problem: Problem, u: int, v: int) -> bool:
 
 
 def lossless(problem: Problem) -> list[tuple[int, int]]:
-    """Pairs of which one layer costs nothing and lies on the way of a single value, which it does not make larger."""
+    """Pairs of which one layer costs nothing, and is an end of the graph or passes a single value on."""
     made: dict[int, list[int]] = defaultdict(list)
     read: dict[int, list[int]] = defaultdict(list)
     for index, value in enumerate(problem.values):
@@ -104,6 +104,10 @@ def lossless(problem: Problem) -> list[tuple[int, int]]:
     for v in range(problem.layers):
         if not free[v] or v in heavy or v in problem.allowed or v in problem.single:
             continue
+        end = _end(problem, v, [problem.values[i] for i in made[v]], [problem.values[i] for i in read[v]])
+        if end is not None and merged[v] != merged[end]:
+            merged.union(v, end)
+            pairs.append((v, end))
         if len(read[v]) != 1 or len(made[v]) != 1:
             continue
         into, out = problem.values[read[v][0]], problem.values[made[v][0]]
@@ -123,6 +127,17 @@ def lossless(problem: Problem) -> list[tuple[int, int]]:
             merged.union(v, other)
             pairs.append((v, other))
     return pairs
+
+
+def _end(problem: Problem, layer: int, made: list[Value], read: list[Value]) -> int | None:
+    """The only neighbour of a free layer at an end of the graph, which may have it for nothing."""
+    graph = problem.graph
+    if not made and all(value.producer != HOST for value in read) and graph.in_degree(layer) == 1:
+        return next(iter(graph.predecessors(layer)))
+    alone = all(len(value.consumers) == 1 and not value.returned for value in made)
+    if not read and alone and not graph.in_degree(layer) and graph.out_degree(layer) == 1:
+        return next(iter(graph.successors(layer)))
+    return None
 
 
 __all__ = ["Coarsen", "lossless"]
