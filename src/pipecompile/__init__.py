@@ -10,53 +10,81 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipecompile import sources
     from pipecompile._version import __version__
+    from pipecompile.decorator import pipeline
     from pipecompile.driver import compile, load
     from pipecompile.errors import (
         ArtefactError,
         InputError,
+        Overloaded,
         PipecompileError,
         PipecompileWarning,
         PipelineClosed,
         PipelineError,
         PlanError,
         ProgramError,
+        SampleDropped,
         StageError,
         StepError,
         TraceError,
         WorkerDied,
         WorkerHung,
     )
+    from pipecompile.inference import InferencePipeline
     from pipecompile.ir.cluster import Cluster, Device, Link
-    from pipecompile.pipeline import InferencePipeline
+    from pipecompile.ir.sample import Counts, Record, Result, Sample
+    from pipecompile.streams.pulled import Stream
+    from pipecompile.streams.pushed import Results
+    from pipecompile.streams.ticket import Ticket
     from pipecompile.training import TrainingPipeline
+
+#: Packages reached by attribute: ``pipecompile.sources.VideoFile``.
+_ROOMS = ("sources",)
 
 _HOME = {
     "__version__": "_version",
     "compile": "driver",
     "load": "driver",
-    "InferencePipeline": "pipeline",
+    "pipeline": "decorator",
+    "InferencePipeline": "inference",
     "TrainingPipeline": "training",
     "Cluster": "ir.cluster",
     "Device": "ir.cluster",
     "Link": "ir.cluster",
+    "Counts": "ir.sample",
+    "Record": "ir.sample",
+    "Result": "ir.sample",
+    "Sample": "ir.sample",
+    "Results": "streams.pushed",
+    "Stream": "streams.pulled",
+    "Ticket": "streams.ticket",
 }
 
 __all__ = [
     "ArtefactError",
     "Cluster",
+    "Counts",
     "Device",
     "InferencePipeline",
     "InputError",
     "Link",
+    "Overloaded",
     "PipecompileError",
     "PipecompileWarning",
     "PipelineClosed",
     "PipelineError",
     "PlanError",
     "ProgramError",
+    "Record",
+    "Result",
+    "Results",
+    "Sample",
+    "SampleDropped",
     "StageError",
     "StepError",
+    "Stream",
+    "Ticket",
     "TraceError",
     "TrainingPipeline",
     "WorkerDied",
@@ -64,11 +92,15 @@ __all__ = [
     "__version__",
     "compile",
     "load",
+    "pipeline",
+    "sources",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name from the module it lives in."""
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'errors')}"), name)

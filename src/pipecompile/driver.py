@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +15,9 @@ import torch
 from torch import nn
 
 from pipecompile import artefact, cache
+from pipecompile.eager import eager_models
 from pipecompile.errors import InputError, PipecompileWarning, PlanError
+from pipecompile.inference import InferencePipeline
 from pipecompile.ir.cluster import Cluster, Device, Link
 from pipecompile.ir.graph import TensorSpec
 from pipecompile.ir.measure import Measure
@@ -23,16 +28,17 @@ from pipecompile.ir.program import Program
 from pipecompile.ir.tree import flatten
 from pipecompile.passes.codegen import Codegen
 from pipecompile.passes.lower import Lower
-from pipecompile.passes.partition import Partition
+from pipecompile.passes.partition import ObjectiveName, Partition, with_memory
 from pipecompile.passes.profile import ProfileLayers, whole_model
 from pipecompile.passes.refine import Refine
 from pipecompile.passes.schedule import Schedule
 from pipecompile.passes.trace import Trace, Traced
 from pipecompile.passes.verify import Verify
-from pipecompile.pipeline import ExecutorName, InferencePipeline
 from pipecompile.runtime.batches import Reduction
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.update import OptimizerFactory
+from pipecompile.streams.engine import ExecutorName, OnFailure
+from pipecompile.streams.entrance import Overload
 from pipecompile.train_driver import ScheduleName, compile_training
 from pipecompile.training import TrainingPipeline
 
@@ -52,10 +58,18 @@ def compile(
     leaf: Sequence[str | type[nn.Module]] = (),
     ahead: int | None = None,
     executor: ExecutorName = "process",
+    pin: Mapping[str, str | Sequence[str]] | None = None,
+    colocate: Sequence[str | Sequence[str]] = (),
+    objective: ObjectiveName | tuple[ObjectiveName, float] = "throughput",
+    memory: float | str | Mapping[str, float | str] | None = None,
     time_limit: float = 10.0,
     profile_seconds: float = 2.0,
     use_cache: bool = True,
     hang_seconds: float | None = None,
+    on_overload: Overload = "block",
+    max_in_flight: int | None = None,
+    deadline: float | None = None,
+    on_failure: OnFailure = "raise",
     throttle: Mapping[str, Link] | None = None,
     imports: Sequence[str] = (),
     progress: Progress | None = None,
@@ -103,10 +117,18 @@ def compile(
     leaf: Sequence[str | type[nn.Module]] = (),
     ahead: int | None = None,
     executor: ExecutorName = "process",
+    pin: Mapping[str, str | Sequence[str]] | None = None,
+    colocate: Sequence[str | Sequence[str]] = (),
+    objective: ObjectiveName | tuple[ObjectiveName, float] = "throughput",
+    memory: float | str | Mapping[str, float | str] | None = None,
     time_limit: float = 10.0,
     profile_seconds: float = 2.0,
     use_cache: bool = True,
     hang_seconds: float | None = None,
+    on_overload: Overload = "block",
+    max_in_flight: int | None = None,
+    deadline: float | None = None,
+    on_failure: OnFailure = "raise",
     throttle: Mapping[str, Link] | None = None,
     imports: Sequence[str] = (),
     progress: Progress | None = None,
@@ -120,7 +142,8 @@ def compile(
             their storage with the pipeline from the first use on.
         example_inputs: positional arguments of one call; a single tensor may stand alone.
         example_kwargs: keyword arguments of that call.
-        devices: how many cores to use, names such as ``["cpu:0", "cpu:1"]``, or a Cluster.
+        devices: how many cores to use, names such as ``["cpu:0", "cpu:1"]``, or a Cluster. The link
+            of a Cluster that names none is measured.
         mode: ``"infer"``, or ``"train"``: the model is compiled in train mode for one batch of the
             size of the example, and what follows ``progress`` below applies.
         dynamic_shapes: sizes that may differ from sample to sample, as for ``torch.export.export``.
@@ -128,10 +151,26 @@ def compile(
         ahead: how many messages a stage receives ahead of the one it works on; chosen if None.
         executor: ``"process"``, a pinned worker a device, or ``"inline"``, all in this process
             (slow; for debugging, breakpoints and tests).
-        time_limit: seconds the ILP solver may take; the chain heuristic's plan is kept after that.
+        pin: layers that must run on a device: ``{"encoder.*": "cpu:0"}``, patterns of layer names or
+            module paths to a device's name or several.
+        colocate: patterns whose layers share a stage: ``["encoder.0.*", ["embed", "head"]]``.
+        objective: ``"throughput"`` (the busiest device's time per sample), ``"latency"`` (one
+            sample's time through all stages), or ``("throughput", 0.02)``: the same, while the other
+            stays at most so many seconds.
+        memory: bytes (or ``"2 GiB"``) each device may take, or a mapping by device name.
+        time_limit: seconds the planner may take; the best plan found until then is kept.
         profile_seconds: about how long to time the model.
         use_cache: keep profiles on disk and use them again for the same graph on the same machine.
         hang_seconds: how long a worker may compute one sample; max(2 s, 10 x profiled) if None.
+        on_overload: what happens to samples that come too fast; the default of ``stream()``, and
+            the policy of ``submit()``: ``"block"``, ``"drop_oldest"``, ``"drop_newest"``,
+            ``"latest"`` or ``"error"``.
+        max_in_flight: how many samples may be inside the pipeline; as many as its rings hold if None.
+        deadline: seconds within which a sample must have entered, else it is dropped.
+        on_failure: ``"raise"``: a worker that dies or hangs ends the pipeline with one exception.
+            ``"restart"``: the workers are replaced and the samples in flight computed again, from
+            copies kept meanwhile; buffers that the model writes to are put back to a snapshot
+            first. After three deaths in a row without a new result the last one is raised.
         throttle: slow down edges (``{"0>1": Link(latency, bandwidth)}``): to try a slower network.
         imports: modules the workers import first because they register custom operators.
         progress: called as ``progress(phase, fraction)`` while compiling.
@@ -152,18 +191,25 @@ def compile(
 
     Raises:
         TraceError: if the model cannot be captured or its graph differs from eager.
-        PlanError: if ``devices`` makes no sense.
+        PlanError: if ``devices`` makes no sense, or no plan meets pins, colocation, memory and objective.
         InputError: if example inputs or dynamic shapes cannot be used.
     """
     if mode not in ("infer", "train"):
         raise PlanError(f"mode={mode!r} is not available: choose 'infer' or 'train'")
-    tell = progress or _silent
+    tell = progress or silent
+    _import_aside("pulp")
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
-    cluster = make_cluster(devices)
+    cluster = with_memory(make_cluster(devices), memory)
     if mode == "train":
         if dynamic_shapes is not None:
             raise InputError("dynamic_shapes is for inference; in training only the batch size may change")
+        if pin or colocate or objective != "throughput":
+            raise InputError("pin=, colocate= and objective= are for inference; training balances all stages itself")
+        if (on_overload, max_in_flight, deadline, on_failure) != ("block", None, None, "raise"):
+            raise InputError(
+                "on_overload=, max_in_flight=, deadline= and on_failure= are for streams, not mode='train'"
+            )
         return compile_training(
             model, args, kwargs, cluster, leaf=tuple(leaf), ahead=1 if ahead is None else ahead, executor=executor,
             time_limit=time_limit, profile_seconds=profile_seconds, hang_seconds=hang_seconds, throttle=throttle,
@@ -171,13 +217,18 @@ def compile(
         )  # fmt: skip
     if training:
         raise InputError(f"{', '.join(sorted(training))}: only mode='train' takes that")
+    partition = Partition(
+        len(cluster.devices), time_limit=time_limit, objective=objective, pin=pin or {}, colocate=colocate
+    )
     tell("trace", 0.0)
-    traced = Trace(tuple(leaf), dynamic_shapes).apply(model, args, kwargs)
-    compiler = _Compiler(traced, flatten((args, kwargs))[0], CpuMeasure(), Lower(ahead), time_limit, profile_seconds)
+    with eager_models():
+        traced = Trace(tuple(leaf), dynamic_shapes).apply(model, args, kwargs)
+    compiler = Compiler(traced, flatten((args, kwargs))[0], CpuMeasure(), Lower(ahead), partition, profile_seconds)
     tell("profile", 0.3)
     profile = compiler.profile(use_cache)
     tell("partition", 0.6)
-    cluster = replace(cluster, link=profile.link)
+    if cluster.link == Link():
+        cluster = replace(cluster, link=profile.link)
     plan = compiler.plan(profile, cluster)
     if len(plan.stages) < len(cluster.devices):
         warnings.warn("; ".join(plan.notes), PipecompileWarning, stacklevel=2)
@@ -185,12 +236,33 @@ def compile(
     package = compiler.package(plan, tuple(imports))
     tell("done", 1.0)
     return InferencePipeline(
-        package, traced.tensors, model, executor=executor, hang_seconds=hang_seconds, throttle=throttle
+        package,
+        traced.tensors,
+        model,
+        executor=executor,
+        hang_seconds=hang_seconds,
+        throttle=throttle,
+        on_overload=on_overload,
+        max_in_flight=max_in_flight,
+        deadline=deadline,
+        on_failure=on_failure,
     )
 
 
-def _silent(_phase: str, _fraction: float) -> None:
-    pass
+def _import_aside(module: str) -> None:
+    """Import in a thread of its own.
+
+    PuLP keeps the tracebacks of imports that failed within it, and these keep every frame of whoever
+    imported it first: the model compiled first, and the workers of its pipeline, would never end.
+    """
+    if module not in sys.modules:
+        thread = threading.Thread(target=importlib.import_module, args=(module,))
+        thread.start()
+        thread.join()
+
+
+def silent(_phase: str, _fraction: float) -> None:
+    """Progress that nobody watches."""
 
 
 def load(
@@ -199,9 +271,13 @@ def load(
     executor: ExecutorName = "process",
     trust: bool = False,
     hang_seconds: float | None = None,
+    on_overload: Overload = "block",
+    max_in_flight: int | None = None,
+    deadline: float | None = None,
+    on_failure: OnFailure = "raise",
     throttle: Mapping[str, Link] | None = None,
 ) -> InferencePipeline:
-    """Load a pipeline written by ``save()``; the model's source is not needed.
+    """Load a pipeline written by ``save()``; the model's source is not needed. Options as for :func:`compile`.
 
     Raises:
         ArtefactError: if a file is missing, altered, too new, or holds code that is not allowed
@@ -209,7 +285,18 @@ def load(
     """
     package, tensors = artefact.load(path, trust=trust)
     model = _skeleton(package, tensors)
-    return InferencePipeline(package, tensors, model, executor=executor, hang_seconds=hang_seconds, throttle=throttle)
+    return InferencePipeline(
+        package,
+        tensors,
+        model,
+        executor=executor,
+        hang_seconds=hang_seconds,
+        throttle=throttle,
+        on_overload=on_overload,
+        max_in_flight=max_in_flight,
+        deadline=deadline,
+        on_failure=on_failure,
+    )
 
 
 def make_cluster(devices: int | Sequence[str] | Cluster) -> Cluster:
@@ -246,17 +333,18 @@ def make_cluster(devices: int | Sequence[str] | Cluster) -> Cluster:
 
 
 @dataclass(frozen=True)
-class _Compiler:
+class Compiler:
     """The passes after trace, with what they share."""
 
     traced: Traced
     leaves: list[Any]
     measure: Measure
     lower: Lower
-    time_limit: float
+    partition: Partition
     seconds: float
 
     def profile(self, use_cache: bool) -> Profile:
+        """Measured, or from the cache."""
         traced = self.traced
         step = ProfileLayers(self.seconds)
         found = cache.load(step.digest(traced.graph, traced.module)) if use_cache else None
@@ -274,8 +362,10 @@ class _Compiler:
         return now < 0.9 * profile.total
 
     def plan(self, profile: Profile, cluster: Cluster) -> Plan:
+        """The best cut for all devices of a cluster, its stages timed."""
         traced = self.traced
-        partition = Partition(len(cluster.devices), time_limit=self.time_limit)
+
+        partition = replace(self.partition, stages=len(cluster.devices))
 
         def cut(profile: Profile) -> Plan:
             return partition.apply(traced.graph, profile, cluster)
@@ -285,10 +375,12 @@ class _Compiler:
         )
 
     def program(self, plan: Plan) -> Program:
+        """The verified stream program of a plan."""
         graph = self.traced.graph
         return Verify().apply(self.lower.apply(graph, plan, Schedule("stream").apply(plan)), graph, plan)
 
     def package(self, plan: Plan, imports: tuple[str, ...]) -> Package:
+        """Generated code and everything that goes with it."""
         graph = self.traced.graph
         program = self.program(plan)
         specs = tuple(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 
 class PipecompileError(Exception):
     """Base of all errors raised by pipecompile."""
@@ -27,12 +30,68 @@ class ArtefactError(PipecompileError):
     """A saved pipeline is incomplete, altered, too new, or asks for something not allowed."""
 
 
+class SampleDropped(PipecompileError):
+    """A sample was dropped at the entrance, by the overload policy or because its deadline had passed."""
+
+
+class Overloaded(PipecompileError):
+    """A sample was refused because the entrance was full (``on_overload="error"``, or ``block`` timed out)."""
+
+
 class PipelineError(PipecompileError):
-    """A running pipeline failed. Base of the three ways in which it can."""
+    """A running pipeline failed. Base of the three ways in which it can.
+
+    ``device`` and ``sample`` say where, as far as is known; -1 where it is not.
+    """
+
+    def __init__(self, message: str = "", *, device: int = -1, sample: int = -1) -> None:
+        super().__init__(message)
+        self.device, self.sample = device, sample
 
 
 class StageError(PipelineError):
-    """A stage raised while computing a sample."""
+    """A stage raised while computing a sample. The sample is lost; the pipeline goes on with the next.
+
+    Attributes:
+        stage: number of the stage.
+        device: number of the device it runs on.
+        sample: number of the sample within its stream; -1 before the first.
+        layer: the model's name of the layer, with its source line where known.
+        line: the line of the generated module that raised.
+        raised: class name of the exception.
+        reason: its text.
+        trace: its traceback on the device.
+    """
+
+    def __init__(
+        self,
+        *,
+        raised: str,
+        reason: str,
+        trace: str = "",
+        device: int = -1,
+        stage: int = -1,
+        sample: int = -1,
+        layer: str = "",
+        line: str = "",
+    ) -> None:
+        self.raised, self.reason, self.trace = raised, reason, trace
+        self.stage, self.layer, self.line = stage, layer, line
+        super().__init__(device=device, sample=sample)
+
+    def __str__(self) -> str:
+        """Everything known, traceback included."""
+        where = f" in layer {self.layer}" if self.layer else ""
+        when = f"at sample {self.sample}" if self.sample >= 0 else "before the first sample"
+        return (
+            f"stage {self.stage} on device {self.device} raised {self.raised} {when}{where}: {self.reason}\n"
+            f"  at {self.line}\n\nTraceback on the device:\n{self.trace}"
+        )
+
+    def __reduce__(self) -> tuple[Callable[[], StageError], tuple[()]]:
+        """Keyword arguments survive pickling and copying."""
+        fields = ("raised", "reason", "trace", "device", "stage", "sample", "layer", "line")
+        return partial(StageError, **{name: getattr(self, name) for name in fields}), ()
 
 
 class StepError(PipelineError):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from pipecompile.eager import eager_models
 from pipecompile.errors import InputError, PipecompileWarning
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import TensorSpec
@@ -78,7 +79,8 @@ def compile_training(
     part_args, part_kwargs = unflatten(tree, first)
     dynamic = _batch_dims(tree, batched) if batch % micro_batches else None
     tell("trace", 0.0)
-    traced, gradients = TraceStep(tuple(leaf), dynamic).trace(model, part_args, part_kwargs)
+    with eager_models():
+        traced, gradients = TraceStep(tuple(leaf), dynamic).trace(model, part_args, part_kwargs)
     tell("profile", 0.3)
     measure = CpuMeasure()
     measured = ProfileLayers(profile_seconds).apply(traced.graph, traced.module, traced.tensors, first, measure)

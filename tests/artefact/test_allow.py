@@ -31,12 +31,13 @@ def stage_0(weight, x):
     return (mm, full)
 
 
-def run(link):
+def run(link, start):
     state = link.state()
     from_host = link.receiver("host>0")
     to_host = link.sender("0>host")
-    from_host.post(0)
-    for sample in count():
+    if start == 0:
+        from_host.post(0)
+    for sample in count(start):
         from_host.post(sample + 1)
         message = yield from_host
         if message is None:

@@ -103,7 +103,7 @@ def test_saving_twice_replaces_and_leaves_no_scrap(saved: Any, copy: Path) -> No
 )
 def test_every_changed_byte_is_refused_by_file_name(copy: Path, name: str) -> None:
     data = bytearray((copy / name).read_bytes())
-    place = data.index(b"2") if name == "manifest.json" else len(data) // 2
+    place = data.rindex(b"2") if name == "manifest.json" else len(data) // 2
     data[place] = ord("3") if name == "manifest.json" else data[place] ^ 1
     (copy / name).write_bytes(bytes(data))
     with pytest.raises(ArtefactError, match=re.escape(name)):

@@ -84,6 +84,15 @@ def test_default_depth_by_message_size(nbytes: int, ahead: int) -> None:
     assert lower(graph, hand_made.plan([[0], [1]])).edge("0>1").ahead == ahead
 
 
+@pytest.mark.parametrize(
+    ("seconds", "nbytes", "ahead"),
+    [(1e-4, 1024, 16), (3.1e-4, 1024, 10), (1e-3, 1024, 4), (1e-4, RING // 17, 16), (1e-4, RING // 17 + 4, 2)],
+)
+def test_short_stages_get_rings_for_some_milliseconds_of_work(seconds: float, nbytes: int, ahead: int) -> None:
+    graph = hand_made.chain(2, elements={"v0": nbytes // 4})
+    assert lower(graph, hand_made.plan([[0], [1]], [seconds, seconds])).edge("0>1").ahead == ahead
+
+
 def test_ring_of_a_huge_skip_is_shallow_but_overlaps() -> None:
     graph = hand_made.graph([["x"], ["v0"], ["v1"], ["v2", "v0"]], elements={"v0": 2 * RING})
     program = lower(graph, hand_made.plan([[0], [1], [2], [3]]))

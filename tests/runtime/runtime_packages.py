@@ -28,13 +28,13 @@ def chain_module(
     """One stage between two edges; ``body`` computes ``y`` from ``x`` and the weights, one line each."""
     weights = "".join(f"{name}, " for name in state)
     lines = "\n".join("    " + line for line in body.splitlines())
-    first = "    x_in.post(0)\n" if post == "sample + 1" else ""
+    first = "    if start == 0: x_in.post(0)\n" if post == "sample + 1" else ""
     return module(
         device,
         f"def stage_{device}({weights}x, sample):\n{lines}\n    return (y,)\n"
-        f"def run(link):\n    ({weights}) = link.state()\n"
+        f"def run(link, start):\n    ({weights}) = link.state()\n"
         f"    x_in = link.receiver({source!r}); y_out = link.sender({target!r})\n{first}"
-        f"    for sample in count():\n        x_in.post({post})\n        message = yield x_in\n"
+        f"    for sample in count(start):\n        x_in.post({post})\n        message = yield x_in\n"
         f"        if message is None: break\n        (x,) = message\n"
         f"        (y,) = stage_{device}({weights}x, sample)\n"
         "        yield y_out\n        y_out.put(sample, y)\n    yield y_out\n    y_out.end()\n",
@@ -121,10 +121,10 @@ def skip_package() -> Package:
         """def stage_0(x):
     # double  (model.py:1)
     return (x * 2,)
-def run(link):
+def run(link, start):
     x_in = link.receiver("host>0"); to_1 = link.sender("0>1"); to_2 = link.sender("0>2"); out = link.sender("0>host")
-    x_in.post(0)
-    for sample in count():
+    if start == 0: x_in.post(0)
+    for sample in count(start):
         x_in.post(sample + 1)
         message = yield x_in
         if message is None: break
@@ -149,10 +149,10 @@ def run(link):
         """def stage_1(h):
     m = h.add_(1)   # in the slot, which is this stage's own
     return m, 3
-def run(link):
+def run(link, start):
     h_in = link.receiver("0>1"); out = link.sender("1>2")
-    h_in.post(0)
-    for sample in count():
+    if start == 0: h_in.post(0)
+    for sample in count(start):
         h_in.post(sample + 1)
         message = yield h_in
         if message is None: break
@@ -169,12 +169,13 @@ def run(link):
         """def stage_2(w, h, m, n):
     assert type(n) is int
     return (m * h * n * w,)
-def run(link):
+def run(link, start):
     (w,) = link.state()
     h_in = link.receiver("0>2"); m_in = link.receiver("1>2"); out = link.sender("2>host")
-    for k in range(3): h_in.post(k)
-    m_in.post(0)
-    for sample in count():
+    if start == 0:
+        for k in range(3): h_in.post(k)
+        m_in.post(0)
+    for sample in count(start):
         h_in.post(sample + 3)
         m_in.post(sample + 1)
         message = yield h_in

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -291,14 +291,34 @@ RAISING = (
 
 @pytest.mark.parametrize("kind", [Session, InlineSession])
 def test_stage_that_raises_names_everything(kind: type[Session] | type[InlineSession]) -> None:
-    with kind(two_stages(second=RAISING), weights()) as session, pytest.raises(StageError) as caught:
-        run_all(session, samples(5))
-    text = str(caught.value)
+    state, xs = weights(), samples(5)
+    with kind(two_stages(second=RAISING), state) as session:
+        for x in xs[:3]:
+            session.submit([x])
+            session.wait(timeout=10)
+        for x in xs[:2]:
+            assert torch.equal(session.result(timeout=10)[1][0], expected_linear(state, x))
+        with pytest.raises(StageError) as caught:
+            session.result(timeout=10)
+        assert not session.closed
+        assert session.in_flight == 0
+        for number, x in enumerate(xs[3:], start=3):
+            assert session.submit([x]) == number, "the pipeline goes on"
+            found, (y,) = session.result(timeout=10)
+            assert found == number
+            assert torch.equal(y, expected_linear(state, x))
+    error = caught.value
+    assert (error.stage, error.device, error.sample) == (1, 1, 2)
+    text = str(pickle.loads(pickle.dumps(error)))
     assert "stage 1 on device 1 raised RuntimeError at sample 2 in layer head  (model.py:50)" in text
     assert "device_1.py:" in text
     assert "y = y @ y" in text
     assert "Traceback" in text
-    assert session.closed
+
+
+def expected_linear(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return x @ state["a"] @ state["b"]
 
 
 def test_stage_that_hangs() -> None:
@@ -312,7 +332,10 @@ def test_stage_that_hangs() -> None:
 
 def test_schedule_that_deadlocks_is_an_error() -> None:
     stuck = two_stages()
-    source = stuck.modules[1].source.replace("    x_in.post(0)\n", "").replace("        x_in.post(sample + 1)\n", "")
+    source = stuck.modules[1].source
+    for line in ("    if start == 0: x_in.post(0)\n", "        x_in.post(sample + 1)\n"):
+        assert line in source
+        source = source.replace(line, "")
     modules = (stuck.modules[0], type(stuck.modules[1])(1, (1,), source, "device_1.py", ("b",)))
     stuck = type(stuck)(**{**vars(stuck), "modules": modules})
     with Session(stuck, weights(), hang_seconds=0.3) as session:
@@ -470,9 +493,9 @@ def test_throttled_edge_delays_but_does_not_change_results() -> None:
         results = run_all(session, xs)
         finishes, latencies = session.timeline().finishes, session.timeline().latencies
     assert all(torch.equal(y, expected(state, x)) for x, (_, (y,)) in zip(xs, results, strict=True))
-    # The slower edge carries one message at a time; the first sample pays both.
+    # The slower edge carries one message at a time; each sample then pays the other, too. Later is possible.
     assert latencies[0] >= 0.07
-    assert all(b - a >= 0.045 for a, b in itertools.pairwise(finishes))
+    assert all(at >= 0.05 * (k + 1) + 0.02 - 0.001 for k, at in enumerate(finishes))
 
 
 def test_caller_settings_reach_the_workers_but_inference_mode_stays_outside() -> None:

@@ -18,7 +18,8 @@ _NODES = (
     *(ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Expr, ast.Assign, ast.Return, ast.Delete),
     *(ast.For, ast.If, ast.Break, ast.With, ast.withitem, ast.Yield, ast.IfExp, ast.Import, ast.ImportFrom, ast.alias),
     *(ast.Call, ast.keyword, ast.Attribute, ast.Name, ast.Load, ast.Store, ast.Del, ast.Constant, ast.Tuple, ast.List),
-    *(ast.Dict, ast.Subscript, ast.Slice, ast.Starred, ast.UnaryOp, ast.USub, ast.BinOp, ast.Add, ast.Compare, ast.Is),
+    *(ast.Dict, ast.Subscript, ast.Slice, ast.Starred, ast.UnaryOp, ast.USub, ast.BinOp, ast.Add),
+    *(ast.Compare, ast.Is, ast.Eq),
 )
 
 

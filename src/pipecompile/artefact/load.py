@@ -85,6 +85,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if not isinstance(found, int):
         raise ArtefactError(f"{file} is not the manifest of a saved pipeline")
+    if found < FORMAT:
+        raise ArtefactError(f"{folder} has format {found}; this version reads {FORMAT}: compile and save it again")
     if found > FORMAT:
         raise ArtefactError(
             f"{folder} has format {found}, newer than the {FORMAT} this version reads: upgrade pipecompile"

@@ -1,9 +1,11 @@
 """What a generated device module asks of the runtime that drives it.
 
-``run(link)`` of a device module is a generator. Each ``yield port`` hands control to whoever
-drives it until the port is ready: a worker process blocks, the inline executor runs another
-device meanwhile. ``yield receiver`` gives back the values of the next message, or ``None`` when
-the stream has ended; ``yield sender`` gives back ``None`` once the receiver has posted a slot.
+``run(link, start)`` of a device module is a generator; ``start`` is the first sample, and only at 0
+does it warm up: the runtime begins anew with ``n + 1`` when sample ``n`` has raised. Each
+``yield port`` hands control to whoever drives it until the port is ready: a worker process blocks,
+the inline executor runs another device meanwhile. ``yield receiver`` gives back the values of the
+next message, or ``None`` when the stream has ended; ``yield sender`` gives back ``None`` once the
+receiver has posted a slot.
 """
 
 from __future__ import annotations

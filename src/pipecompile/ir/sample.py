@@ -48,3 +48,20 @@ class Result:
 
     value: Any
     record: Record
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Where the samples of a pipeline are, all of one moment.
+
+    ``submitted == delivered + dropped + failed + in_flight``, always. A sample counts as submitted
+    when its source has given it, as delivered when the caller gets its result, as dropped when it
+    was turned away at the entrance (or when its stream was ended early), as failed when the caller
+    gets an exception for it. ``in_flight`` are those at the entrance and inside.
+    """
+
+    submitted: int = 0
+    delivered: int = 0
+    dropped: int = 0
+    failed: int = 0
+    in_flight: int = 0

@@ -95,15 +95,17 @@ class Codegen:
         lines.append("state = link.state()")
         lines += [f'{port[edge.name]} = link.receiver("{edge.name}")' for edge in incoming]
         lines += [f'{port[edge.name]} = link.sender("{edge.name}")' for edge in outgoing]
-        lines += ["", "# warm-up: offer the first slots before any sample is here"]
-        lines += [f"{port[step.edge]}.post({step.sample})" for step in device.warm_up]
-        lines += ["", "# steady state: one turn a sample", "for sample in count():"]
+        if device.warm_up:
+            lines += ["", "# warm-up: offer the first slots (not when going on after a sample that failed)"]
+            lines += ["if start == 0:"]
+            lines += [f"    {port[step.edge]}.post({step.sample})" for step in device.warm_up]
+        lines += ["", "# steady state: one turn a sample", "for sample in count(start):"]
         for step in device.body:
             lines += [f"    {line}" for line in self._step(emit, step, port, incoming, reads, makes, values)]
         lines += ["", "# drain: the stream has ended and every sample is through; pass the word on"]
         for edge in outgoing:
             lines += [f"yield {port[edge.name]}", f"{port[edge.name]}.end()"]
-        return "def run(link):\n" + _indent(lines)
+        return "def run(link, start):\n" + _indent(lines)
 
     def _step(
         self,

@@ -20,7 +20,7 @@ from pipecompile.passes.operators import is_higher_order, is_operator, qualified
 
 HEADER = "import math\nimport operator\nfrom itertools import count\n\nimport torch\n\naten = torch.ops.aten\n"
 
-_RESERVED = frozenset({"aten", "count", "link", "math", "operator", "torch", "sample", "clock", *dir(builtins)})
+_RESERVED = frozenset({"aten", "count", "link", "math", "operator", "torch", "sample", "start", "clock", *dir(builtins)})
 
 #: What generated training steps use besides.
 _RESERVED_IN_STEPS = frozenset(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from pipecompile.errors import ProgramError
+from pipecompile.errors import PlanError, ProgramError
 from pipecompile.ir.graph import ModelGraph, TensorSpec
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import HOST, DeviceProgram, Edge, Instruction, Op, Program
@@ -19,6 +20,9 @@ RING = 8 << 20
 
 _DEEP, _USUAL, _LEAST = 4, 2, 1
 
+#: Messages for so many seconds of work, at most so many, so that nobody is woken for each of them.
+_WAKE, _DEEPEST = 3e-3, 16
+
 
 @dataclass(frozen=True)
 class Lower:
@@ -26,7 +30,8 @@ class Lower:
 
     ``ahead`` is how many messages beyond the one at hand a stage has posted towards its
     neighbour; 0 means that a receive is posted only when its stage is about to wait for it.
-    ``None`` chooses by message size: 4 for small messages, 1 for huge ones, else 2.
+    ``None`` chooses by message size: 4 for small messages, 1 for huge ones, else 2; and up to 16
+    where stages are so short that being woken for every message would cost more than computing.
 
     Edges that jump stages get more. Let every hop from one stage to the next be ``a`` ahead. A
     stage in iteration ``n`` has posted up to message ``n + a``; the stage before it can then have
@@ -52,26 +57,26 @@ class Lower:
                 spec, or if the program's bodies do more than compute the sample at hand.
         """
         crossing = crossings(graph, plan)
-        edges = self._edges(graph, len(plan.stages), crossing)
+        edges = self._edges(graph, len(plan.stages), crossing, plan.slowest)
         devices = tuple(_device(device, edges) for device in program.devices)
         return Program(devices, edges, program.schedule)
 
     def _edges(
-        self, graph: ModelGraph, stages: int, crossing: dict[tuple[int, int], tuple[str, ...]]
+        self, graph: ModelGraph, stages: int, crossing: dict[tuple[int, int], tuple[str, ...]], seconds: float
     ) -> tuple[Edge, ...]:
         edges: list[Edge] = []
         for (source, target), values in crossing.items():
             specs = tuple(_spec(graph, value) for value in values)
             edges.append(Edge(source, target, values, specs, 0, 1))
         edges.sort(key=lambda edge: _span(edge, stages))
-        leads = self._leads(edges, stages)
+        leads = self._leads(edges, stages, seconds)
         return tuple(self._with_ahead(edge, leads, stages) for edge in edges)
 
-    def _leads(self, edges: list[Edge], stages: int) -> list[int]:
+    def _leads(self, edges: list[Edge], stages: int, seconds: float) -> list[int]:
         """Iterations that each position may be ahead of the next: caller, stages, caller."""
         sizes = {_span(edge, stages): edge.nbytes for edge in edges}
         hops = pairwise(range(-1, stages + 1))
-        return [1 + (_depth(sizes.get(hop)) if self.ahead is None else self.ahead) for hop in hops]
+        return [1 + (_depth(sizes.get(hop), seconds) if self.ahead is None else self.ahead) for hop in hops]
 
     def _with_ahead(self, edge: Edge, leads: list[int], stages: int) -> Edge:
         first, last = _span(edge, stages)
@@ -137,6 +142,11 @@ def _stage_of(graph: ModelGraph, plan: Plan) -> dict[int, int]:
         raise ProgramError(f"the plan numbers its stages {[stage.index for stage in plan.stages]}, not 0, 1, ...")
     stage_of: dict[int, int] = {}
     for stage in plan.stages:
+        if stage.replicas:
+            raise PlanError(
+                f"stage {stage.index} is replicated on devices {stage.devices}: this version cannot run replicas, "
+                "plan without them"
+            )
         for layer in stage.layers:
             if layer in stage_of or not 0 <= layer < len(graph.layers):
                 raise ProgramError(f"the plan gives stage {stage.index} layer {layer}: it is elsewhere or not at all")
@@ -172,10 +182,13 @@ def _span(edge: Edge, stages: int) -> tuple[int, int]:
     return edge.source, stages if edge.target == HOST else edge.target
 
 
-def _depth(nbytes: int | None) -> int:
+def _depth(nbytes: int | None, seconds: float) -> int:
     """How far ahead neighbours receive by default; ``None`` where no edge joins them."""
     if nbytes is None:
         return _USUAL
+    short = min(_DEEPEST, math.ceil(_WAKE / seconds)) if seconds else _DEEP
+    if short > _DEEP and (short + 1) * nbytes <= RING:
+        return short
     if nbytes <= SMALL:
         return _DEEP
     return _USUAL if (_USUAL + 1) * nbytes <= RING else _LEAST

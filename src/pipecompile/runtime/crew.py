@@ -24,7 +24,7 @@ from pipecompile.runtime.channels.link import ports_of
 from pipecompile.runtime.channels.ring import clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge, allocate, attach
 from pipecompile.runtime.control import receive, send
-from pipecompile.runtime.module import Failure
+from pipecompile.runtime.nursery import born_here
 from pipecompile.runtime.records import Records
 
 _START_SECONDS = 60.0
@@ -62,12 +62,14 @@ class Worker:
             "PYTHONPATH": path,
         }
         command = [sys.executable, "-P", "-m", "pipecompile.runtime.worker", "--fd", str(self._theirs.fileno())]
-        self.process = subprocess.Popen(
-            command,
-            pass_fds=[self._theirs.fileno(), self.records_fd, *fds],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
+        self.process = born_here(
+            lambda: subprocess.Popen(
+                command,
+                pass_fds=[self._theirs.fileno(), self.records_fd, *fds],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         )
         self._theirs.close()
 
@@ -94,6 +96,12 @@ class Worker:
         if last.end:
             return f"while computing sample {last.sample}"
         return f"while waiting for {self.ports[last.port]} (sample {last.sample})"
+
+    @property
+    def sample(self) -> int:
+        """The sample the device computes or waits for; -1 before the first."""
+        last = self.records.last()
+        return -1 if last is None else last.sample
 
     def computing(self) -> float:
         """Seconds since the device last had to wait; 0 while it waits."""
@@ -198,24 +206,27 @@ class Crew:
                     raise self._error(worker, message)
                 worker.control.settimeout(1.0)
 
-    def failure(self, fds: Sequence[int]) -> PipelineError:
-        """The error behind control sockets that became readable; a stage that raised goes before a death."""
-        errors = [self._error(w, receive(w.control)) for w in self.workers if w.control.fileno() in fds]
-        return next((error for error in errors if isinstance(error, StageError)), errors[0])
+    def hear(self, fd: int) -> PipelineError:
+        """What the worker behind a control socket that became readable says: a StageError of one sample, or its end."""
+        worker = next(worker for worker in self.workers if worker.control.fileno() == fd)
+        message = receive(worker.control)
+        if message is not None and message["kind"] == "failed":
+            return StageError(**{key: value for key, value in message.items() if key != "kind"})
+        return self._error(worker, message)
 
     def _error(self, worker: Worker, message: dict[str, Any] | None) -> PipelineError:
-        if message is not None and message["kind"] == "error":
-            return Failure(**{key: value for key, value in message.items() if key != "kind"}).error()
         if message is not None:
-            return PipelineError(f"{worker} could not start: {message['message']}\n\n{message.get('trace', '')}")
+            what = "could not start" if message["kind"] == "startup" else "stopped"
+            return PipelineError(f"{worker} {what}: {message['message']}\n\n{message.get('trace', '')}")
         assert worker.process is not None
+        at = {"device": worker.module.device, "sample": worker.sample}
         try:
             code = worker.process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
-            return WorkerDied(f"{worker} closed its control socket {worker.progress()}")
+            return WorkerDied(f"{worker} closed its control socket {worker.progress()}", **at)
         how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
         hint = "; the system may be out of memory" if code == -signal.SIGKILL else ""
-        return WorkerDied(f"{worker} {how} {worker.progress()}{hint}")
+        return WorkerDied(f"{worker} {how} {worker.progress()}{hint}", **at)
 
     def stuck(self, submitted: float, slack: float) -> PipelineError | None:
         """The error if a device makes no progress, or if all wait for one another.
@@ -225,7 +236,8 @@ class Crew:
         for worker in self.workers:
             seconds = worker.computing()
             if seconds > worker.limit:
-                return WorkerHung(f"{worker} made no progress for {seconds:.1f} s {worker.progress()}")
+                text = f"{worker} made no progress for {seconds:.1f} s {worker.progress()}"
+                return WorkerHung(text, device=worker.module.device, sample=worker.sample)
         idle = min((worker.waiting() for worker in self.workers), default=0.0)
         limit = slack + max((worker.limit for worker in self.workers), default=0.0)
         if min(idle, clock() - submitted) > limit:

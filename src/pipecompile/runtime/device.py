@@ -9,22 +9,25 @@ from typing import Any
 
 import torch
 
+from pipecompile.errors import PipelineError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.program import Program
 from pipecompile.runtime import numerics
 from pipecompile.runtime.arena import open_state
 from pipecompile.runtime.channels.link import DeviceLink, ports_of
-from pipecompile.runtime.channels.ring import RingLayout, RingReceiver, RingSender, clock
+from pipecompile.runtime.channels.ring import RingLayout, RingReceiver, RingSender, SampleFailed, clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge, attach
-from pipecompile.runtime.module import describe, execute
+from pipecompile.runtime.module import describe, execute, resume
 from pipecompile.runtime.records import Records
 
 
-def run(boot: dict[str, Any], ready: Callable[[], None]) -> dict[str, Any] | None:
+def run(boot: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
     """Run the device described by the boot message until its stream ends.
 
-    Calls ``ready`` when the module waits for its first message. Returns the description of the
-    exception the module raised, or None. Any other failure (imports, syntax) is raised.
+    Tells when the module waits for its first message, and of each sample that raised in it.
+
+    Raises:
+        Exception: whatever keeps it from starting or from going on (imports, syntax).
     """
     torch.set_num_threads(boot["threads"])
     torch.set_num_interop_threads(1)
@@ -40,40 +43,63 @@ def run(boot: dict[str, Any], ready: Callable[[], None]) -> dict[str, Any] | Non
     records = Records(attach(boot["records"]), len(ports))
     for fd in (*boot["arenas"], boot["records"], *(fds[0] for fds in boot["edges"].values())):
         os.close(fd)
-    try:
-        _drive(namespace["run"](DeviceLink(state, ports)), records, ready)
-    except Exception as error:
-        last = records.last()
-        sample = -1 if last is None else last.sample
-        failure = describe(error, boot["filename"], boot["device"], boot["stages"], sample)
-        return {"kind": "error", **failure.to_json()}
-    return None
+    link = DeviceLink(state, ports)
+
+    def report(error: Exception, sample: int) -> None:
+        tell({"kind": "failed", **describe(error, boot["filename"], boot["device"], boot["stages"], sample)})
+
+    def again(sample: int) -> Any:
+        return resume(namespace["run"], link, ports, sample)
+
+    _drive(namespace["run"](link, 0), records, lambda: tell({"kind": "ready"}), report, again)
 
 
-def _drive(steps: Any, records: Records, ready: Callable[[], None]) -> None:
-    """Hand control back and forth between the module and the ports it waits for."""
+def _drive(
+    steps: Any,
+    records: Records,
+    ready: Callable[[], None],
+    report: Callable[[Exception, int], None],
+    again: Callable[[int], Any],
+) -> None:
+    """Hand control back and forth between the module and the ports it waits for.
+
+    A sample that raises is reported and passed over. One that failed in another device is known
+    to the caller already.
+    """
     try:
         port = next(steps)
     except StopIteration:
         ready()
         return
     ready()
-    count, log, capacity, resume = records.count, records.log, records.capacity, steps.send
-    number = 0
-    try:
-        while True:
-            at = (number % capacity) * 4
-            number += 1
-            log[at] = port.index
-            log[at + 1] = port.sample
-            log[at + 3] = 0.0
-            log[at + 2] = clock()
-            count[0] = number
-            value = port.take()
+    count, log, capacity = records.count, records.log, records.capacity
+    number = at = 0
+    while True:
+        try:
+            send = steps.send
+            while True:
+                at = (number % capacity) * 4
+                number += 1
+                log[at] = port.index
+                log[at + 1] = port.sample
+                log[at + 3] = 0.0
+                log[at + 2] = clock()
+                count[0] = number
+                value = port.take()
+                log[at + 3] = clock()
+                port = send(value)
+        except StopIteration:
+            return
+        except SampleFailed as failed:
             log[at + 3] = clock()
-            port = resume(value)
-    except StopIteration:
-        return
+            sample = failed.sample
+        except PipelineError:
+            raise  # the rings themselves are broken
+        except Exception as error:
+            sample = int(log[at + 1])
+            report(error, sample)
+        steps = again(sample)
+        port = next(steps)
 
 
 def _ports(boot: dict[str, Any]) -> list[RingReceiver | RingSender]:

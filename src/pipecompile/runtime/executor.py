@@ -44,8 +44,23 @@ class Executor(Protocol):
 
         Comes back without room when a result has arrived (it may have to be taken before there
         is room; ``or_result=False`` is for callers that take results in another thread), or after
-        ``timeout`` seconds. Raises as :meth:`result` does.
+        ``timeout`` seconds. Raises as :meth:`result` does when the pipeline fails.
         """
+        ...
+
+    def turn(self, timeout: float | None = None, *, room: bool = True) -> None:
+        """Block until the next result is complete, or there is room (where asked), or nudged.
+
+        For callers that submit and take results in one thread. Raises as :meth:`wait` does.
+        """
+        ...
+
+    def nudge(self) -> None:
+        """Make a :meth:`turn` in another thread come back early, or else the next one."""
+        ...
+
+    def seconds(self, sample: int) -> tuple[float, ...]:
+        """Seconds each device computed on a sample just delivered; nan where not on record any more."""
         ...
 
     def poll(self) -> tuple[int, list[Any]] | None:
@@ -59,7 +74,8 @@ class Executor(Protocol):
 
         Raises:
             ResultTimeout: if there is none within ``timeout`` seconds.
-            StageError, WorkerDied, WorkerHung: if the pipeline failed; it is closed then.
+            StageError: if a stage raised at this very sample. It is over then, the next ones go on.
+            WorkerDied, WorkerHung, PipelineError: if the pipeline failed; it is closed then.
             PipelineClosed: if it was closed before.
         """
         ...

@@ -19,22 +19,32 @@ from pipecompile.ir.program import HOST
 from pipecompile.ir.timeline import Timeline
 from pipecompile.runtime.channels.link import DeviceLink, PortInfo, ports_of
 from pipecompile.runtime.channels.local import LocalEdge
-from pipecompile.runtime.channels.ring import RingReceiver, RingSender, clock
+from pipecompile.runtime.channels.ring import RingReceiver, RingSender, SampleFailed, clock
 from pipecompile.runtime.executor import ResultTimeout, bounds, check_package
 from pipecompile.runtime.host import Host
-from pipecompile.runtime.module import describe, execute
+from pipecompile.runtime.module import describe, execute, resume
 from pipecompile.runtime.numerics import stage_mode
-from pipecompile.runtime.records import SAMPLES, DeviceRecord, Wait, timeline
+from pipecompile.runtime.records import SAMPLES, DeviceRecord, Wait, computed, timeline
 
 
 class _Device:
     """The generator of one device and the port it waits for (None once its stream has ended)."""
 
-    def __init__(self, module: DeviceModule, ports: Sequence[PortInfo], link: DeviceLink) -> None:
+    def __init__(
+        self,
+        module: DeviceModule,
+        ports: Sequence[PortInfo],
+        link: DeviceLink,
+        peers: Sequence[RingReceiver | RingSender],
+        errors: dict[int, StageError],
+    ) -> None:
         self.module, self.ports = module, ports
         self.waits: list[Wait] = []
+        self._failed_at = self._steps_done = 0
         self._began = clock()
-        self._steps: Any = execute(module.source, module.filename)["run"](link)
+        self._run: Any = execute(module.source, module.filename)["run"]
+        self._link, self._peers, self._errors = link, peers, errors
+        self._steps: Any = self._run(link, 0)
         self.port: RingReceiver | RingSender | None = None
         self._advance(None)
 
@@ -44,12 +54,24 @@ class _Device:
         if port is None or not port.ready():
             return False
         index, sample, began = port.index, port.sample, self._began
-        value = port.take()
+        try:
+            value = port.take()
+        except SampleFailed:
+            value = port
+        self._steps_done += 1
         self.waits.append(Wait(index, sample, began, clock()))
         if len(self.waits) > 2 * SAMPLES * len(self.ports):
             del self.waits[: SAMPLES * len(self.ports)]
-        self._advance(value)
+        if value is port:
+            self._pass_over(sample)
+        else:
+            self._advance(value)
         return True
+
+    def _pass_over(self, sample: int) -> None:
+        """Go on with the sample after one that failed here or before."""
+        self._steps = resume(self._run, self._link, self._peers, sample)
+        self._advance(None)
 
     def _advance(self, value: Any) -> None:
         try:
@@ -59,7 +81,13 @@ class _Device:
         except Exception as error:
             sample = self.waits[-1].sample if self.waits else -1
             found = describe(error, self.module.filename, self.module.device, self.module.stages, sample)
-            raise found.error() from error
+            failure = StageError(**found)
+            if self._failed_at == self._steps_done or isinstance(error, PipelineError):
+                raise failure from error  # it cannot begin at all, or not begin again, or its rings are broken
+            self._failed_at = self._steps_done
+            failure.__cause__ = error
+            self._errors.setdefault(sample, failure)
+            self._pass_over(sample)
         self._began = clock()
 
     def __str__(self) -> str:
@@ -110,6 +138,7 @@ class InlineSession:
         )
         self._host.open()
         self._throttled: list[RingReceiver] = []
+        self._errors: dict[int, StageError] = {}
         for name in package.imports:
             importlib.import_module(name)
         self._devices: list[_Device] = []
@@ -123,7 +152,7 @@ class InlineSession:
                     ports.append(edge.receiver(index, link) if info.receives else edge.sender(index))
                 self._throttled += [port for port in ports if isinstance(port, RingReceiver)]
                 state = tuple(self._tensors[name] for name in module.state)
-                self._devices.append(_Device(module, infos, DeviceLink(state, ports)))
+                self._devices.append(_Device(module, infos, DeviceLink(state, ports), ports, self._errors))
 
     @property
     def in_flight(self) -> int:
@@ -145,6 +174,19 @@ class InlineSession:
         self._check()
         self._run(timeout, or_result, True)
         return self._host.room()
+
+    def turn(self, timeout: float | None = None, *, room: bool = True) -> None:
+        """Run until the next result is complete or there is room. See ``Executor.turn``."""
+        self._check()
+        if self.in_flight or room:
+            self._run(timeout, True, room)
+
+    def nudge(self) -> None:
+        """Nothing to do: a turn here computes, and comes back as soon as that is done."""
+
+    def seconds(self, sample: int) -> tuple[float, ...]:
+        """What each stage spent on a sample. See ``Executor.seconds``."""
+        return tuple(computed(d.ports, lambda k, w=d.waits: w[k], 0, len(d.waits), sample) for d in self._devices)
 
     def poll(self) -> tuple[int, list[Any]] | None:
         """The next result if the devices can make it now, else None."""
@@ -205,7 +247,12 @@ class InlineSession:
             raise PipelineClosed("the pipeline is closed")
 
     def _take(self, timeout: float | None) -> tuple[int, list[Any]] | None:
-        return self._host.collect(self._tensors) if self._run(timeout, True, False) else None
+        if not self._run(timeout, True, False):
+            return None
+        try:
+            return self._host.collect(self._tensors)
+        except SampleFailed as failed:
+            raise self._errors.pop(failed.sample) from None
 
     def _run(self, timeout: float | None, result: bool, room: bool) -> bool:
         """Round robin until a result has arrived or there is room (whichever is asked for)."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import linecache
 import re
 import traceback
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-from pipecompile.errors import PipelineError, StageError
+from pipecompile.errors import PipelineError
+from pipecompile.runtime.channels.ring import RingReceiver, RingSender
 
 _STAGE = re.compile(r"stage_(\d+)")
 
@@ -29,35 +29,27 @@ def execute(source: str, filename: str) -> dict[str, Any]:
     return namespace
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What went wrong in a device module, in the model's own terms. Travels as JSON."""
+def resume(run: Any, link: Any, ports: Sequence[RingReceiver | RingSender], sample: int) -> Iterator[Any]:
+    """The generator of a device that goes on after ``sample`` failed in it or before it.
 
-    raised: str
-    message: str
-    trace: str
-    device: int
-    stage: int
-    sample: int
-    layer: str
-    line: str
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON data."""
-        return asdict(self)
-
-    def error(self) -> StageError:
-        """The exception for the caller."""
-        where = f" in layer {self.layer}" if self.layer else ""
-        sample = f"at sample {self.sample}" if self.sample >= 0 else "before the first sample"
-        return StageError(
-            f"stage {self.stage} on device {self.device} raised {self.raised} {sample}{where}: {self.message}\n"
-            f"  at {self.line}\n\nTraceback on the device:\n{self.trace}"
-        )
+    What is left of the sample's messages is taken, the word of its failure is sent where its
+    values would have gone, and ``run`` begins anew with the next sample. May be called again for
+    the same sample, when one of the messages left turns out to be such a word itself.
+    """
+    for port in ports:
+        if isinstance(port, RingReceiver) and port.sample == sample:
+            yield port
+    for port in ports:
+        if isinstance(port, RingSender) and port.sample == sample:
+            yield port
+            port.fail(sample)
+    yield from run(link, sample + 1)
 
 
-def describe(error: BaseException, filename: str, device: int, stages: Sequence[int], sample: int) -> Failure:
-    """Find stage, layer and source line of an exception raised under the module ``filename``.
+def describe(error: BaseException, filename: str, device: int, stages: Sequence[int], sample: int) -> dict[str, Any]:
+    """Stage, layer and source line of an exception raised under the module ``filename``.
+
+    The result is JSON data: the keyword arguments of :class:`~pipecompile.errors.StageError`.
 
     The layer is the nearest comment above the failing line in the innermost frame of the module:
     generated code carries one above each group of lines, such as
@@ -71,7 +63,16 @@ def describe(error: BaseException, filename: str, device: int, stages: Sequence[
             layer = _comment_above(frame, number)
             line = f"{filename}:{number}: {linecache.getline(filename, number).strip()}"
     trace = "".join(traceback.format_exception(error))
-    return Failure(type(error).__name__, str(error), trace, device, stage, sample, layer, line)
+    return {
+        "raised": type(error).__name__,
+        "reason": str(error),
+        "trace": trace,
+        "device": device,
+        "stage": stage,
+        "sample": sample,
+        "layer": layer,
+        "line": line,
+    }
 
 
 def _comment_above(frame: FrameType, number: int) -> str:

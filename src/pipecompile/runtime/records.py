@@ -7,8 +7,9 @@ measured timeline and the watch for devices that hang, without a message.
 
 from __future__ import annotations
 
+import math
 import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pipecompile.ir.timeline import Event, Timeline
@@ -58,6 +59,11 @@ class Records:
         count = self.count[0]
         return self._record(count - 1) if count else None
 
+    def seconds(self, ports: Sequence[PortInfo], sample: int) -> float:
+        """See :func:`computed`."""
+        count = self.count[0]
+        return computed(ports, self._record, max(0, count - self.capacity + 1), count, sample)
+
     def all(self) -> list[Wait]:
         """Everything still on record, oldest first."""
         count = self.count[0]
@@ -67,6 +73,27 @@ class Records:
         at = (number % self.capacity) * _FIELDS
         port, sample, begin, end = self.log[at : at + _FIELDS].tolist()
         return Wait(int(port), int(sample), begin, end)
+
+
+def computed(ports: Sequence[PortInfo], record: Callable[[int], Wait], low: int, high: int, sample: int) -> float:
+    """Seconds a device computed on a recent sample; nan where that is not on record any more.
+
+    Args:
+        ports: what port numbers mean.
+        record: wait by number.
+        low: the oldest number on record.
+        high: one beyond the latest number.
+        sample: searched from the latest wait backwards.
+    """
+    until = math.nan
+    for number in range(high - 1, low - 1, -1):
+        wait = record(number)
+        if wait.sample < sample:
+            break
+        if wait.sample == sample and ports[wait.port].receives and wait.end:
+            return until - wait.end
+        until = wait.begin
+    return math.nan
 
 
 @dataclass(frozen=True)

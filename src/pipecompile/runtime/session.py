@@ -14,17 +14,18 @@ from typing import Any
 
 import torch
 
-from pipecompile.errors import PipecompileError, PipelineClosed, PipelineError
+from pipecompile.errors import PipecompileError, PipelineClosed, PipelineError, StageError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.package import Package
 from pipecompile.ir.program import HOST
 from pipecompile.ir.timeline import Timeline
 from pipecompile.runtime.arena import adopt
-from pipecompile.runtime.channels.ring import RingReceiver, RingSender, clock
+from pipecompile.runtime.channels.ring import RingReceiver, RingSender, SampleFailed, clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge
 from pipecompile.runtime.crew import Crew
 from pipecompile.runtime.executor import ResultTimeout, bounds, check_package
 from pipecompile.runtime.host import Host
+from pipecompile.runtime.news import News
 from pipecompile.runtime.records import DeviceRecord, timeline
 
 #: How long ``close`` lets samples in flight be computed before it kills.
@@ -81,7 +82,7 @@ class Session:
 
     def _open(self, package: Package, sizes: Mapping[str, int], throttle: Mapping[str, Link]) -> None:
         edges: dict[str, SharedEdge] = {}
-        kept: list[int] = [os.eventfd(0, os.EFD_CLOEXEC)]
+        kept: list[int] = [os.eventfd(0, os.EFD_CLOEXEC) for _ in range(2)]
         passed: list[int] = []
         try:
             for edge in package.program.edges:
@@ -101,17 +102,21 @@ class Session:
             self._crew.own(kept)
             for fd in passed:
                 os.close(fd)
-        self._wake = kept[0]
+        self._wake, self._nudge = kept[:2]
         self._arrivals: dict[int, RingReceiver] = {edges[r.edge].arrivals: r for r in self._host.receivers}
         self._credits: dict[int, RingSender] = {edges[s.edge].credits: s for s in self._host.senders}
+        self._news = News(self._crew)
         self._controls = frozenset(worker.control.fileno() for worker in self._crew.workers)
         # Only the side that takes results may empty their counters; the other side just looks.
         self._look = select.poll()
         for fd in self._arrivals:
             self._look.register(fd, select.POLLIN)
         self._for_result = self._poller(self._arrivals)
+        self._for_news = self._poller([*self._arrivals, self._nudge])
         self._for_room = self._poller(self._credits)
         self._for_either = self._poller([*self._credits, *self._arrivals])
+        self._rings: dict[int, RingReceiver | RingSender] = {**self._credits, **self._arrivals}
+        self._for_turn = self._poller([*self._rings, self._nudge])
 
     def _poller(self, fds: Iterable[int]) -> select.poll:
         """One wait for data, death of a worker, and close() in another thread."""
@@ -151,8 +156,31 @@ class Session:
             def done() -> bool:
                 return room() or (or_result and (any(r.available for r in host.receivers) or bool(self._look.poll(0))))
 
-            self._await(poller, done, timeout, self._credits)
+            self._await(poller, done, timeout, self._credits, full=or_result)
             return room()
+
+    def turn(self, timeout: float | None = None, *, room: bool = True) -> None:
+        """Block until the next result is complete, there is room, or a nudge. See ``Executor.turn``."""
+        with self._submitting, self._receiving:
+            self._check()
+            host = self._host
+
+            def done() -> bool:
+                return host.arrived() or (room and host.room())
+
+            poller, refills = (self._for_turn, self._rings) if room else (self._for_news, self._arrivals)
+            self._await(poller, done, timeout, refills)
+
+    def nudge(self) -> None:
+        """Make a ``turn`` in another thread come back early, or else the next one."""
+        with self._news.lock:
+            # Never after _release: the number of a closed descriptor may be another file's by then.
+            if not self._closed:
+                os.eventfd_write(self._nudge, 1)
+
+    def seconds(self, sample: int) -> tuple[float, ...]:
+        """What each stage spent on a sample. See ``Executor.seconds``."""
+        return tuple(worker.records.seconds(worker.ports, sample) for worker in self._crew.workers)
 
     def poll(self) -> tuple[int, list[Any]] | None:
         """The next result if it is there, else None."""
@@ -174,7 +202,11 @@ class Session:
     def _take(self, timeout: float | None) -> tuple[int, list[Any]] | None:
         host = self._host
         if host.arrived() or self._await(self._for_result, host.arrived, timeout, self._arrivals):
-            return host.collect(self._tensors)
+            try:
+                return host.collect(self._tensors)
+            except SampleFailed as failed:
+                reason = self._news.reason(failed.sample)
+                raise (reason if isinstance(reason, StageError) else self._fail(reason)) from None
         return None
 
     def detached(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
@@ -207,8 +239,11 @@ class Session:
         if self._closed or os.getpid() != self._owner:
             if self._failure is not None:
                 raise PipelineClosed(f"the pipeline has failed: {self._failure}") from self._failure
+            if self._closed:
+                raise PipelineClosed("the pipeline is closed")
             raise PipelineClosed(
-                "the pipeline is closed" if self._closed else "the pipeline belongs to another process"
+                f"the pipeline belongs to process {self._owner}, and this is a fork of it: "
+                "compile or load one in this process"
             )
 
     def _await(
@@ -217,8 +252,13 @@ class Session:
         done: Callable[[], bool],
         timeout: float | None,
         refills: Mapping[int, RingReceiver | RingSender],
+        *,
+        full: bool = False,
     ) -> bool:
-        """Wait until ``done``; False if that takes longer than ``timeout``. Fails when a device does."""
+        """Wait until ``done``; False if that takes longer than ``timeout``. Fails when a device does.
+
+        ``full``: the caller waits for room and for results alike, so it need not be woken for each.
+        """
         deadline = math.inf if timeout is None else clock() + timeout
         while not done():
             watching = self.in_flight > 0
@@ -228,6 +268,9 @@ class Session:
             delay = self._host.delay()
             if delay > 0.0:
                 seconds = min(seconds, delay)
+            elif full and not self._slack and (nap := self._host.nap()):
+                time.sleep(nap)
+                seconds = 0.0
             if 0.0 < seconds < 0.002:
                 # poll counts in whole milliseconds.
                 time.sleep(seconds)
@@ -237,9 +280,14 @@ class Session:
             for fd, _ in events:
                 if fd in refills:
                     refills[fd].refill()
-            failed = [fd for fd, _ in events if fd in self._controls]
-            if failed and not done():
-                raise self._fail(self._crew.failure(failed))
+                elif fd == self._nudge:
+                    os.eventfd_read(fd)
+                    return done()
+            said = [fd for fd, _ in events if fd in self._controls]
+            if said:
+                self._news.listen(said, self._host.delivered)
+            if self._news.end is not None and not done():
+                raise self._fail(self._news.end)
             if clock() >= deadline:
                 return done()
         return True
@@ -284,8 +332,9 @@ class Session:
         try:
             if len(held) == 2:
                 self._host.forget()
-                self._arrivals, self._credits = {}, {}
-                self._crew.stop()
+                self._arrivals, self._credits, self._rings = {}, {}, {}
+                with self._news.lock:
+                    self._crew.stop()
         finally:
             for lock in held:
                 lock.release()

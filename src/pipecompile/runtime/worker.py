@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -18,6 +19,8 @@ import traceback
 from typing import Any, NoReturn
 
 from pipecompile.runtime.control import receive, send
+
+_PR_SET_PDEATHSIG = 1
 
 
 def main() -> NoReturn:
@@ -30,11 +33,19 @@ def main() -> NoReturn:
     boot = receive(control)
     if boot is None:
         os._exit(0)
+    _die_with(boot["parent"])
     threading.Thread(target=_watch, args=(control, boot["parent"]), daemon=True).start()
     _leave(_serve(control, boot))
 
 
 def _serve(control: socket.socket, boot: dict[str, Any]) -> int:
+    ready = False
+
+    def tell(message: dict[str, Any]) -> None:
+        nonlocal ready
+        ready = True
+        send(control, message)
+
     try:
         # The core is chosen before torch counts the processors it may use.
         if boot["core"] is not None:
@@ -42,15 +53,26 @@ def _serve(control: socket.socket, boot: dict[str, Any]) -> int:
                 os.sched_setaffinity(0, {boot["core"]})
         from pipecompile.runtime.device import run
 
-        failure = run(boot, lambda: send(control, {"kind": "ready"}))
+        run(boot, tell)
+        return 0
     except BaseException as error:
         message = f"{type(error).__name__}: {error}"
-        failure = {"kind": "startup", "message": message, "trace": traceback.format_exc()}
-    if failure is None:
-        return 0
-    with contextlib.suppress(OSError):
-        send(control, failure)
+        kind = "broken" if ready else "startup"
+        with contextlib.suppress(OSError):
+            send(control, {"kind": kind, "message": message, "trace": traceback.format_exc()})
     return 1
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends.
+
+    Needs no Python at that moment, so it also works while an extension hangs and holds the GIL,
+    in which ``_watch`` could not run.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
 
 
 def _watch(control: socket.socket, parent: int) -> None:

@@ -24,9 +24,17 @@ from pipecompile.runtime.channels.cells import Cell, capacity, make_cell
 
 _HEADER = ALIGNMENT
 _SEQUENCE, _FLAGS, _SENT = 0, 1, 2
-_END = 1
+_END, _FAILED = 1, 2
 
 clock = time.monotonic
+
+
+class SampleFailed(Exception):
+    """The message taken stands for a sample that a stage before could not compute."""
+
+    def __init__(self, sample: int) -> None:
+        super().__init__(f"sample {sample} failed in an earlier stage")
+        self.sample = sample
 
 
 class Signal(Protocol):
@@ -143,6 +151,10 @@ class RingSender:
         """Tell the receiver that no message follows (needs a posted slot)."""
         self._announce(self._turn(self.sample), _END)
 
+    def fail(self, sample: int) -> None:
+        """Tell the receiver that message ``sample`` will hold no values (needs a posted slot)."""
+        self._announce(self._turn(sample), _FAILED)
+
     def _turn(self, sample: int) -> Slot:
         if sample != self.sample:
             raise PipelineError(f"edge {self.edge}: message {sample} was put when {self.sample} was due")
@@ -216,7 +228,11 @@ class RingReceiver:
         return 0.0 if self._throttle is None or not self.available else max(0.0, self._delivery() - clock())
 
     def take(self) -> tuple[Any, ...] | None:
-        """The values of the next message, in place, or None at the end. Blocks until it is there."""
+        """The values of the next message, in place, or None at the end. Blocks until it is there.
+
+        Raises:
+            SampleFailed: if the message stands for a sample that failed; it has been taken.
+        """
         slot = self._next()
         if slot is None:
             return None
@@ -228,6 +244,13 @@ class RingReceiver:
         """As :meth:`take`, but the values own their memory."""
         slot = self._next()
         return None if slot is None else [cell.own() for cell in slot.cells]
+
+    def skip(self) -> bool:
+        """Take the next message without looking at it; False at the end."""
+        try:
+            return self._next() is not None
+        except SampleFailed:
+            return True
 
     def _next(self) -> Slot | None:
         if self.ended:
@@ -244,10 +267,13 @@ class RingReceiver:
         if slot.header[_SEQUENCE] != sample:
             found = slot.header[_SEQUENCE]
             raise PipelineError(f"edge {self.edge}: message {sample} was due, but its slot holds {found}")
-        if slot.header[_FLAGS]:
+        flags = slot.header[_FLAGS]
+        if flags == _END:
             self.ended = True
             return None
         self.sample = sample + 1
+        if flags:
+            raise SampleFailed(sample)
         return slot
 
     def _delivery(self) -> float:

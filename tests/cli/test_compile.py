@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,83 +12,7 @@ import pytest
 import torch
 
 import pipecompile
-from pipecompile.cli import main
-
-MODEL = """
-import torch
-from torch import nn
-
-
-def make():
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5))
-
-
-class Words(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(4)
-        self.embed, self.mix, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, scale, ids):
-        return {"scores": self.head(torch.tanh(self.mix(self.embed(ids)))) * scale}
-
-
-class Picture(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
-
-
-instance = nn.Linear(2, 2)
-number = 3
-
-
-def needs(argument):
-    return argument
-
-
-def wrong():
-    return "no model"
-"""
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A working directory with a module of models in it."""
-    (tmp_path / "nets.py").write_text(MODEL)
-    return tmp_path
-
-
-def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own, as a user does."""
-    return subprocess.run(
-        [sys.executable, "-m", "pipecompile.cli", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def in_process(
-    folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str]:
-    """Exit status and stderr of the command run in this process, without the seconds torch takes to import."""
-    monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.delitem(sys.modules, "nets", raising=False)
-    monkeypatch.setattr(sys, "argv", ["pipecompile", *words])
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert isinstance(left.value.code, int)
-    return left.value.code, capsys.readouterr().err
-
-
-def done(result: subprocess.CompletedProcess[str]) -> str:
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+from commands import MODEL, command, done
 
 
 def test_help_has_examples_and_imports_no_torch(folder: Path) -> None:
@@ -127,23 +51,6 @@ def test_keyword_inputs_and_random(folder: Path) -> None:
     assert np.load(folder / "scores.npy").shape == (9, 2, 4, 3)
 
 
-def test_video(folder: Path) -> None:
-    av = pytest.importorskip("av")
-    with av.open(str(folder / "clip.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=24)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-        for i in range(6):
-            picture = np.full((32, 32, 3), 40 * i, np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    done(command(folder, "compile", "nets:Picture", "--input", "1x3x16x16", "-o", "picture.pipe"))
-    out = done(command(folder, "run", "picture.pipe", "--input", "clip.mp4", "--inline", "-o", "out.npy"))
-    assert "6 samples" in out
-    assert np.load(folder / "out.npy").shape == (6, 1, 2, 12, 12)
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -157,23 +64,28 @@ def test_video(folder: Path) -> None:
         (["compile", "nets:make", "--input", "2,12"], "write sizes with x between them"),
         (["compile", "nets:make", "--input", "2x12:flaot32"], "did you mean 'float32'?"),
         (["compile", "nets:make", "--input", "2x13"], "shapes cannot be multiplied"),
+        (["compile", "nets:breaks", "--input", "2x12"], "nets:breaks() raised RuntimeError: no weights here"),
+        (["compile", "nets:make", "--input", "2x12", "--devices", "0"], "at least one device is needed"),
+        (["compile", "nets:make", "--input", "2x12", "--devices", "tpu:0"], "unknown device 'tpu:0'"),
+        (["compile", "nets:make", "--input", "2x12", "--devices", "cpu:0,cpu:99"], "there is no device 'cpu:99'"),
+        (["compile", "nets:Branching", "--input", "2x12"], "nets.py:"),
+        (["compile", "nets:make", "--input", "2x12", "-o", "nets.py/x.pipe"], "cannot write to nets.py"),
+        (["compile", "nets:make", "--input", "2x12", "-o", "."], "exists and is not a saved pipeline"),
         (["run", "nothing.pipe", "--input", "random:3"], "nothing.pipe"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_errors_are_said_without_a_traceback(
-    folder: Path, words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], said: str, run: Callable[..., tuple[int, str, str]]
 ) -> None:
-    status, stderr = in_process(folder, words, monkeypatch, capsys)
+    status, _, stderr = run(*words)
     assert status == 1
     assert said in stderr
     assert stderr.startswith("error: ")
     assert "Traceback" not in stderr
 
 
-def test_run_refuses_what_does_not_fit(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_refuses_what_does_not_fit(folder: Path, run: Callable[..., tuple[int, str, str]]) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     with pipecompile.compile(model, example_inputs=(torch.randn(1, 3),), executor="inline") as pipe:
         pipe.save(folder / "net.pipe")
@@ -188,7 +100,7 @@ def test_run_refuses_what_does_not_fit(
         ("random:none", "write random:100"),
         ("text.mp4", "there is no such file"),
     ]:
-        status, stderr = in_process(folder, ["run", "net.pipe", "--input", source, "--inline"], monkeypatch, capsys)
+        status, _, stderr = run("run", "net.pipe", "--input", source, "--inline")
         assert (status, said in stderr) == (1, True), (source, stderr)
 
 
@@ -197,3 +109,27 @@ def test_status_of_a_real_process(folder: Path) -> None:
     assert result.returncode == 1
     assert "nothing.pipe" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_models_without_parameters_and_of_a_single_layer(
+    folder: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    status, out, err = run("compile", "nets:Bare", "--input", "3x4", "--devices", "1", "-o", "bare.pipe")
+    assert (status, "wrote bare.pipe" in out) == (0, True), err
+    np.save(folder / "x.npy", np.arange(24, dtype=np.float32).reshape(2, 3, 4))
+    status, _, err = run("run", "bare.pipe", "--input", "x.npy", "-o", "y.npy", "--inline")
+    assert status == 0, err
+    assert np.allclose(np.load(folder / "y.npy"), np.tanh(np.load(folder / "x.npy")), atol=1e-6)
+    result = command(folder, "compile", "nets:instance", "--input", "1x2", "--devices", "2", "-o", "one.pipe")
+    assert done(result)
+    assert "note: 2 devices asked for" in result.stderr, "one layer cannot use two devices, and that is said"
+
+
+def test_a_truncated_artefact_is_named(folder: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    assert run("compile", "nets:make", "--input", "2x12", "-o", "net.pipe")[0] == 0
+    weights = folder / "net.pipe" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    status, _, err = run("run", "net.pipe", "--input", "random:3")
+    assert status == 1
+    assert "weights.safetensors" in err
+    assert "Traceback" not in err

@@ -1,0 +1,127 @@
+"""What every number of stages would bring: the plans beside each other, predicted by the simulator."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipecompile.driver import Compiler, Progress, make_cluster, silent
+from pipecompile.eager import eager_models
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Program
+from pipecompile.ir.tree import flatten
+from pipecompile.passes.lower import Lower
+from pipecompile.passes.partition import Partition
+from pipecompile.passes.trace import Trace
+from pipecompile.runtime.measure import CpuMeasure
+from pipecompile.simulate import simulate
+
+#: A gain smaller than this is not worth another process, and within what predictions err by.
+_WORTH = 1.05
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One number of stages. ``throughput`` in samples a second, latencies (medians) in seconds.
+
+    ``latency`` is that of a sample alone, ``loaded_latency`` that of a sample in a full pipeline.
+    """
+
+    plan: Plan
+    program: Program
+    throughput: float
+    latency: float
+    loaded_latency: float
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """All of them, by number of stages. ``eager`` is the seconds the model itself takes on one thread."""
+
+    model: str
+    eager: float
+    each: tuple[Alternative, ...]
+
+    @property
+    def best(self) -> Alternative | None:
+        """The fewest stages that come within 5% of the highest throughput; None if the model itself does."""
+        highest = max(alternative.throughput for alternative in self.each)
+        if highest * self.eager < _WORTH:
+            return None
+        return next(alternative for alternative in self.each if alternative.throughput * _WORTH >= highest)
+
+    @property
+    def advice(self) -> str:
+        """What to do, in words."""
+        best, asked = self.best, self.each[-1]
+        if best is None:
+            return (
+                "One device is as fast or faster: handing samples on would cost what working side by side gains. "
+                "Call the model itself, or compile with --devices 1."
+            )
+        stages, gain = len(best.plan.stages), best.throughput * self.eager
+        if best is asked:
+            return f"{stages} stages are the fastest: {gain:.2f}x the samples a second of the model itself."
+        return (
+            f"{stages} stage{'s are' if stages > 1 else ' is'} enough ({gain:.2f}x the model itself): "
+            f"{len(asked.plan.stages)} would give {asked.throughput / best.throughput:.2f}x of that."
+        )
+
+
+def alternatives(
+    model: nn.Module,
+    example_inputs: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    devices: int | Sequence[str] | Cluster = 2,
+    dynamic_shapes: Any | None = None,
+    leaf: Sequence[str | type[nn.Module]] = (),
+    ahead: int | None = None,
+    time_limit: float = 10.0,
+    profile_seconds: float = 2.0,
+    use_cache: bool = True,
+    samples: int = 64,
+    progress: Progress | None = None,
+) -> Alternatives:
+    """Plan ``model`` for one device, two, and so on up to ``devices``; arguments as for :func:`compile`.
+
+    ``samples`` is how many the simulator runs for each.
+
+    Raises:
+        TraceError, PlanError, InputError: as :func:`compile` does.
+    """
+    tell = progress or silent
+    args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
+    kwargs = dict(example_kwargs or {})
+    cluster = make_cluster(devices)
+    partition = Partition(len(cluster.devices), time_limit=time_limit)
+    tell("trace", 0.0)
+    with eager_models():
+        traced = Trace(tuple(leaf), dynamic_shapes).apply(model, args, kwargs)
+    compiler = Compiler(traced, flatten((args, kwargs))[0], CpuMeasure(), Lower(ahead), partition, profile_seconds)
+    tell("profile", 0.2)
+    profile = compiler.profile(use_cache)
+    count = min(len(cluster.devices), max(1, len(traced.graph.layers)))
+    found: list[Alternative] = []
+    for stages in range(1, count + 1):
+        tell(f"{stages} stages" if stages > 1 else "1 stage", 0.4 + 0.6 * (stages - 1) / count)
+        plan = compiler.plan(profile, replace(cluster, devices=cluster.devices[:stages], link=profile.link))
+        found.append(_alternative(plan, compiler.program(plan), samples))
+    tell("done", 1.0)
+    return Alternatives(traced.graph.name, profile.total, tuple(found))
+
+
+def _alternative(plan: Plan, program: Program, samples: int) -> Alternative:
+    link = plan.cluster.link
+    loaded = simulate(program, plan, link, samples)
+    # Far enough apart that no two samples meet.
+    apart = 2 * sum(stage.load for stage in plan.stages) + 1e-3
+    alone = simulate(program, plan, link, 3, interval=apart)
+    middle = loaded.latencies[len(loaded.latencies) // 4 :]
+    return Alternative(plan, program, loaded.throughput, statistics.median(alone.latencies), statistics.median(middle))

@@ -1,0 +1,5 @@
+"""``python -m pipecompile.cli``."""
+
+from pipecompile.cli import main
+
+main()

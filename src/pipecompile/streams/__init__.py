@@ -1,0 +1,1 @@
+"""Between the caller and the runtime: sources, admission, accounting, results in order."""
