@@ -42,7 +42,7 @@ def run(policy: Any, limit: int, deadline: float | None, events: list[tuple[str,
                     found["delivered"].append(entry.sequence)
             elif not (policy == "block" and feed.entrance.refuses):  # a source that blocks comes again later
                 with feed.changed:
-                    entry = feed.entry(feed._sequence)
+                    entry = feed.entry(feed.sequence)
                     try:
                         found["dropped"] += [gone.sequence for gone in feed.offer(entry)]
                     except Overloaded:
@@ -92,7 +92,7 @@ def test_latest_delivers_what_is_at_most_stages_and_a_bit_old(stages: int, beats
     for beat in range(beats):
         for _ in range(5):
             with feed.changed:
-                feed.offer(feed.entry(feed._sequence))
+                feed.offer(feed.entry(feed.sequence))
             feed.admit()
             line += [stages] * (len(feed.inside) - len(line))
         # One beat: the samples one behind the other each move on by one stage.
@@ -107,7 +107,7 @@ def test_latest_delivers_what_is_at_most_stages_and_a_bit_old(stages: int, beats
             entry = feed.collect(wait=False)
             assert entry is not None
             feed.deliver(entry)
-            age = feed._sequence - entry.sequence
+            age = feed.sequence - entry.sequence
             # The first ones fill the pipeline all at once and queue before its first stage.
             assert age <= 5 * (stages + 1 if beat > 2 * stages else 2 * stages)
     assert engine.ledger.counts().delivered == max(0, beats - stages + 1)

@@ -334,3 +334,34 @@ def test_a_pipeline_nobody_holds_ends_even_after_submitting() -> None:
         time.sleep(0.05)
     assert session() is None
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_results_begin_with_what_is_submitted_after_them(blocking: Fast) -> None:
+    pipe, xs, want = blocking
+    early = [pipe.submit(x) for x in xs[:10]]
+    results = pipe.results()
+    late = [pipe.submit(x) for x in xs[10:20]]
+    results.end()
+    assert same(results, want[10:20])
+    assert all(ticket.done() for ticket in early + late)
+
+
+def test_a_callback_may_submit_but_not_wait(blocking: Fast) -> None:
+    pipe, xs, want = blocking
+    found: list[Any] = []
+
+    def again(ticket: Ticket) -> None:
+        try:
+            pipe.flush()
+        except InputError as error:
+            found.append(error)
+        try:
+            found.append([pipe.submit(xs[1]) for _ in range(200)])
+        except Overloaded as error:
+            found.append(error)
+
+    assert torch.equal(pipe.submit(xs[0], callback=again).result(30), want[0])
+    assert pipe.flush(60)
+    assert isinstance(found[0], InputError)
+    assert isinstance(found[1], Overloaded)
+    assert torch.equal(pipe(xs[0]), want[0])

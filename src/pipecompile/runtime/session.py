@@ -25,13 +25,11 @@ from pipecompile.runtime.channels.shared_memory import SharedEdge
 from pipecompile.runtime.crew import Crew
 from pipecompile.runtime.executor import ResultTimeout, bounds, check_package
 from pipecompile.runtime.host import Host
+from pipecompile.runtime.news import News
 from pipecompile.runtime.records import DeviceRecord, timeline
 
 #: How long ``close`` lets samples in flight be computed before it kills.
 _GRACE_SECONDS = 5.0
-
-#: How long the reason for a failed sample may come after the word of its failure.
-_REPORT_SECONDS = 2.0
 
 
 class Session:
@@ -61,9 +59,6 @@ class Session:
         threads: int | None = None,
     ) -> None:
         self._closed, self._failure, self._owner = True, None, os.getpid()
-        self._end: PipelineError | None = None
-        self._errors: dict[int, StageError] = {}
-        self._hearing = threading.Lock()
         check_package(package)
         missing = [spec.name for spec in package.state if spec.name not in weights]
         if missing:
@@ -110,10 +105,8 @@ class Session:
         self._wake, self._nudge = kept[:2]
         self._arrivals: dict[int, RingReceiver] = {edges[r.edge].arrivals: r for r in self._host.receivers}
         self._credits: dict[int, RingSender] = {edges[s.edge].credits: s for s in self._host.senders}
+        self._news = News(self._crew)
         self._controls = frozenset(worker.control.fileno() for worker in self._crew.workers)
-        self._for_end = select.poll()
-        for fd in self._controls:
-            self._for_end.register(fd, select.POLLIN)
         # Only the side that takes results may empty their counters; the other side just looks.
         self._look = select.poll()
         for fd in self._arrivals:
@@ -180,7 +173,7 @@ class Session:
 
     def nudge(self) -> None:
         """Make a ``turn`` in another thread come back early, or else the next one."""
-        with self._hearing:
+        with self._news.lock:
             # Never after _release: the number of a closed descriptor may be another file's by then.
             if not self._closed:
                 os.eventfd_write(self._nudge, 1)
@@ -212,33 +205,9 @@ class Session:
             try:
                 return host.collect(self._tensors)
             except SampleFailed as failed:
-                raise self._reason(failed.sample) from None
+                reason = self._news.reason(failed.sample)
+                raise (reason if isinstance(reason, StageError) else self._fail(reason)) from None
         return None
-
-    def _reason(self, sample: int) -> PipelineError:
-        """Why a sample failed: its worker said so before it passed the word on."""
-        deadline = clock() + _REPORT_SECONDS
-        while sample not in self._errors:
-            if clock() > deadline or self._end is not None:
-                raise self._fail(self._end or PipelineError(f"sample {sample} failed, but no device says why"))
-            self._listen([fd for fd, _ in self._for_end.poll(100)])
-        return self._errors.pop(sample)
-
-    def _listen(self, fds: Iterable[int]) -> None:
-        """Take down what workers say of samples that failed, and that a worker has ended."""
-        with self._hearing:
-            # Both sides of the session may have been woken by one message.
-            ready = {fd for fd, _ in self._for_end.poll(0)}
-            for fd in ready.intersection(fds):
-                news = self._crew.hear(fd)
-                if isinstance(news, StageError):
-                    self._errors.setdefault(news.sample, news)
-                elif self._end is None:
-                    self._end = news
-            if len(self._errors) > 1:
-                over = [sample for sample in self._errors if sample < self._host.delivered]
-                for sample in over:
-                    self._errors.pop(sample)
 
     def detached(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
         """Names of weights that are no longer in the memory the workers use."""
@@ -316,9 +285,9 @@ class Session:
                     return done()
             said = [fd for fd, _ in events if fd in self._controls]
             if said:
-                self._listen(said)
-            if self._end is not None and not done():
-                raise self._fail(self._end)
+                self._news.listen(said, self._host.delivered)
+            if self._news.end is not None and not done():
+                raise self._fail(self._news.end)
             if clock() >= deadline:
                 return done()
         return True
@@ -364,7 +333,7 @@ class Session:
             if len(held) == 2:
                 self._host.forget()
                 self._arrivals, self._credits, self._rings = {}, {}, {}
-                with self._hearing:
+                with self._news.lock:
                     self._crew.stop()
         finally:
             for lock in held:

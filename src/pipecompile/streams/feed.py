@@ -31,7 +31,8 @@ class Feed:
         self.entrance = Entrance(options.on_overload, options.waiting)
         self.inside: deque[Entry] = deque()
         self.limit = options.inside(len(engine.package.plan.stages))
-        self._sequence = 0
+        self.sequence = 0
+        """Number of the next sample."""
         self._settled, self._gap = -1, 0
 
     def entry(self, item: Any) -> Entry:
@@ -50,8 +51,8 @@ class Feed:
 
     def blank(self, pts: float | None) -> Entry:
         """The next sample in the account, its tensors still missing."""
-        entry = Entry(self._sequence, pts, clock())
-        self._sequence += 1
+        entry = Entry(self.sequence, pts, clock())
+        self.sequence += 1
         if self.options.deadline is not None:
             entry.due = entry.offered + self.options.deadline
         self.engine.ledger.open(entry)

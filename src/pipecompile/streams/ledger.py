@@ -36,7 +36,8 @@ class Ledger:
     """The account of a pipeline. Any thread may book and look; each look is of one moment."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Re-entrant: a collection of garbage within may end a stream, which books here.
+        self._lock = threading.RLock()
         self._open: set[Entry] = set()
         self._submitted = self._delivered = self._dropped = self._failed = 0
 

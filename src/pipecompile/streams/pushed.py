@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
-from pipecompile.errors import Overloaded, PipelineClosed
+from pipecompile.errors import InputError, Overloaded, PipelineClosed
 from pipecompile.ir.sample import Result, Sample
 from pipecompile.streams.engine import TICKETS, Engine
 from pipecompile.streams.entrance import OnError, Options
@@ -75,6 +75,8 @@ class Pushed:
         until = math.inf if timeout is None else clock() + timeout
         while self._feed.entrance.refuses:
             self._engine.check()
+            if threading.current_thread() is self._thread:
+                raise Overloaded("the pipeline is full, and a callback, which runs in its thread, cannot wait for room")
             if any(reader.stuck_with_me for reader in self._open_readers()):
                 raise Overloaded(
                     f"{UNREAD} results are unread, the pipeline is full, and the thread that reads results() is this "
@@ -88,8 +90,8 @@ class Pushed:
     def results(self, on_error: OnError, records: bool) -> Results:
         """See :meth:`~pipecompile.InferencePipeline.results`."""
         self._engine.check()
-        made = Results(self._engine, self._changed, self._busy, on_error, records)
         with self._changed:
+            made = Results(self._engine, self._changed, self._busy, on_error, records, self._feed.sequence)
             self._readers = [ref for ref in self._readers if ref() is not None]
             self._readers.append(weakref.ref(made))
         return made
@@ -97,6 +99,8 @@ class Pushed:
     def flush(self, timeout: float | None) -> bool:
         """Wait until no submitted sample is in flight; whether that is so."""
         with self._changed:
+            if threading.current_thread() is self._thread:
+                raise InputError("flush() in a callback would wait for itself")
             return self._changed.wait_for(lambda: not self._busy(), timeout)
 
     def wake(self) -> None:
@@ -119,7 +123,8 @@ class Pushed:
                         self._active = False
                         self._engine.release()
                         self._changed.notify_all()
-                    if not self._changed.wait(_IDLE_SECONDS) and not feed.entrance:
+                    waited = not self._engine.closed and self._changed.wait(_IDLE_SECONDS)
+                    if not waited and not feed.entrance:
                         self._thread = None
                         return
             try:
@@ -219,8 +224,10 @@ class Results(Iterator[Any]):
         busy: Callable[[], bool],
         on_error: OnError,
         records: bool,
+        first: int,
     ) -> None:
         Options(on_error=on_error)
+        self._first = first
         self._engine, self._changed, self._busy = engine, changed, busy
         self._on_error, self.records = on_error, records
         self._unread: deque[Entry] = deque()
@@ -239,8 +246,9 @@ class Results(Iterator[Any]):
         return self.full and self._thread == threading.get_ident()
 
     def put(self, entry: Entry) -> None:
-        """Append what became of a sample."""
-        self._unread.append(entry)
+        """Append what became of a sample, if it was submitted since."""
+        if entry.sequence >= self._first:
+            self._unread.append(entry)
 
     def end(self) -> None:
         """No more will be submitted: the iteration ends after what is in flight."""
