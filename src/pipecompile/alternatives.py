@@ -17,6 +17,7 @@ from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.tree import flatten
 from pipecompile.passes.lower import Lower
+from pipecompile.passes.partition import Partition
 from pipecompile.passes.trace import Trace
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.simulate import simulate
@@ -99,10 +100,11 @@ def alternatives(
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
     cluster = make_cluster(devices)
+    partition = Partition(len(cluster.devices), time_limit=time_limit)
     tell("trace", 0.0)
     with eager_models():
         traced = Trace(tuple(leaf), dynamic_shapes).apply(model, args, kwargs)
-    compiler = Compiler(traced, flatten((args, kwargs))[0], CpuMeasure(), Lower(ahead), time_limit, profile_seconds)
+    compiler = Compiler(traced, flatten((args, kwargs))[0], CpuMeasure(), Lower(ahead), partition, profile_seconds)
     tell("profile", 0.2)
     profile = compiler.profile(use_cache)
     count = min(len(cluster.devices), max(1, len(traced.graph.layers)))

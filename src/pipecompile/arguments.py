@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,13 @@ class Arguments:
     or device from the example inputs.
     """
 
-    def __init__(self, package: Package) -> None:
+    def __init__(self, package: Package, dynamic: Iterable[tuple[int, int]] = ()) -> None:
+        """``dynamic`` names dimensions (input, dimension) that may differ besides those of the symbols."""
         self._package = package
         self._tree = package.in_tree
         args, kwargs = package.in_tree.children
         self._one_tensor = len(args.children) == 1 and args.children[0].kind == "leaf" and not kwargs.children
-        dynamic = {(symbol.input, symbol.dim) for symbol in package.symbols.values()}
+        dynamic = {*dynamic, *((symbol.input, symbol.dim) for symbol in package.symbols.values())}
         self._checks = [
             (spec.torch_dtype, torch.Size(spec.shape), tuple((i, dim) not in dynamic for dim in range(len(spec.shape))))
             for i, spec in enumerate(package.inputs)
@@ -32,11 +33,17 @@ class Arguments:
 
     def of_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The flat tensors of a call."""
+        return self.check(self._flat(args, kwargs))
+
+    def _flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         if self._one_tensor and not kwargs and len(args) == 1 and isinstance(args[0], torch.Tensor):
-            leaves = [args[0]]
-        else:
-            leaves, tree = flatten(self._normalise(tuple(args), kwargs))
-            self._same_structure(tree, self._tree, "the call")
+            return [args[0]]
+        leaves, tree = flatten(self._normalise(tuple(args), kwargs))
+        self._same_structure(tree, self._tree, "the call")
+        return leaves
+
+    def check(self, leaves: list[Any]) -> list[Any]:
+        """The flat tensors of a call, compared with what was compiled for."""
         for i, (leaf, (dtype, shape, fixed)) in enumerate(zip(leaves, self._checks, strict=True)):
             if leaf.dtype is not dtype or leaf.device.type != "cpu" or leaf.shape != shape:
                 self._check(i, leaf, dtype, shape, fixed)
@@ -44,16 +51,20 @@ class Arguments:
 
     def of_item(self, item: Any) -> list[Any]:
         """The flat tensors of one item of a stream: a tensor, a tuple of arguments, or a dict of keywords."""
+        return self.check(self.flat(item))
+
+    def flat(self, item: Any) -> list[Any]:
+        """As :meth:`of_item`, compared in structure only: a batch that is yet to be split."""
         if self._one_tensor and isinstance(item, torch.Tensor):
-            return self.of_call((item,), {})
+            return [item]
         args = self._tree.children[0].children
         if len(args) == 1 and flatten(item)[1] == args[0]:
-            return self.of_call((item,), {})
+            return self._flat((item,), {})
         if isinstance(item, tuple):
-            return self.of_call(item, {})
+            return self._flat(item, {})
         if isinstance(item, Mapping):
-            return self.of_call((), item)
-        return self.of_call((item,), {})
+            return self._flat((), item)
+        return self._flat((item,), {})
 
     def sizes(self, leaves: Sequence[torch.Tensor]) -> dict[str, int]:
         """Values of the dynamic sizes in a call."""

@@ -28,7 +28,7 @@ from pipecompile.ir.program import Program
 from pipecompile.ir.tree import flatten
 from pipecompile.passes.codegen import Codegen
 from pipecompile.passes.lower import Lower
-from pipecompile.passes.partition import Partition
+from pipecompile.passes.partition import ObjectiveName, Partition, with_memory
 from pipecompile.passes.profile import ProfileLayers, whole_model
 from pipecompile.passes.refine import Refine
 from pipecompile.passes.schedule import Schedule
@@ -53,6 +53,10 @@ def compile(
     leaf: Sequence[str | type[nn.Module]] = (),
     ahead: int | None = None,
     executor: ExecutorName = "process",
+    pin: Mapping[str, str | Sequence[str]] | None = None,
+    colocate: Sequence[str | Sequence[str]] = (),
+    objective: ObjectiveName | tuple[ObjectiveName, float] = "throughput",
+    memory: float | str | Mapping[str, float | str] | None = None,
     time_limit: float = 10.0,
     profile_seconds: float = 2.0,
     use_cache: bool = True,
@@ -73,14 +77,22 @@ def compile(
             their storage with the pipeline from the first use on.
         example_inputs: positional arguments of one call; a single tensor may stand alone.
         example_kwargs: keyword arguments of that call.
-        devices: how many cores to use, names such as ``["cpu:0", "cpu:1"]``, or a Cluster.
+        devices: how many cores to use, names such as ``["cpu:0", "cpu:1"]``, or a Cluster. The link
+            of a Cluster that names none is measured.
         mode: ``"infer"``.
         dynamic_shapes: sizes that may differ from sample to sample, as for ``torch.export.export``.
         leaf: modules never cut inside: path patterns (``"encoder.layer.*"``) or module classes.
         ahead: how many messages a stage receives ahead of the one it works on; chosen if None.
         executor: ``"process"``, a pinned worker a device, or ``"inline"``, all in this process
             (slow; for debugging, breakpoints and tests).
-        time_limit: seconds the ILP solver may take; the chain heuristic's plan is kept after that.
+        pin: layers that must run on a device: ``{"encoder.*": "cpu:0"}``, patterns of layer names or
+            module paths to a device's name or several.
+        colocate: patterns whose layers share a stage: ``["encoder.0.*", ["embed", "head"]]``.
+        objective: ``"throughput"`` (the busiest device's time per sample), ``"latency"`` (one
+            sample's time through all stages), or ``("throughput", 0.02)``: the same, while the other
+            stays at most so many seconds.
+        memory: bytes (or ``"2 GiB"``) each device may take, or a mapping by device name.
+        time_limit: seconds the planner may take; the best plan found until then is kept.
         profile_seconds: about how long to time the model.
         use_cache: keep profiles on disk and use them again for the same graph on the same machine.
         hang_seconds: how long a worker may compute one sample; max(2 s, 10 x profiled) if None.
@@ -99,7 +111,7 @@ def compile(
 
     Raises:
         TraceError: if the model cannot be captured or its graph differs from eager.
-        PlanError: if ``devices`` makes no sense.
+        PlanError: if ``devices`` makes no sense, or no plan meets pins, colocation, memory and objective.
         InputError: if example inputs or dynamic shapes cannot be used.
     """
     if mode != "infer":
@@ -108,15 +120,19 @@ def compile(
     _import_aside("pulp")
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
-    cluster = make_cluster(devices)
+    cluster = with_memory(make_cluster(devices), memory)
+    partition = Partition(
+        len(cluster.devices), time_limit=time_limit, objective=objective, pin=pin or {}, colocate=colocate
+    )
     tell("trace", 0.0)
     with eager_models():
         traced = Trace(tuple(leaf), dynamic_shapes).apply(model, args, kwargs)
-    compiler = Compiler(traced, flatten((args, kwargs))[0], CpuMeasure(), Lower(ahead), time_limit, profile_seconds)
+    compiler = Compiler(traced, flatten((args, kwargs))[0], CpuMeasure(), Lower(ahead), partition, profile_seconds)
     tell("profile", 0.3)
     profile = compiler.profile(use_cache)
     tell("partition", 0.6)
-    cluster = replace(cluster, link=profile.link)
+    if cluster.link == Link():
+        cluster = replace(cluster, link=profile.link)
     plan = compiler.plan(profile, cluster)
     if len(plan.stages) < len(cluster.devices):
         warnings.warn("; ".join(plan.notes), PipecompileWarning, stacklevel=2)
@@ -228,7 +244,7 @@ class Compiler:
     leaves: list[Any]
     measure: Measure
     lower: Lower
-    time_limit: float
+    partition: Partition
     seconds: float
 
     def profile(self, use_cache: bool) -> Profile:
@@ -252,7 +268,8 @@ class Compiler:
     def plan(self, profile: Profile, cluster: Cluster) -> Plan:
         """The best cut for all devices of a cluster, its stages timed."""
         traced = self.traced
-        partition = Partition(len(cluster.devices), time_limit=self.time_limit)
+
+        partition = replace(self.partition, stages=len(cluster.devices))
 
         def cut(profile: Profile) -> Plan:
             return partition.apply(traced.graph, profile, cluster)

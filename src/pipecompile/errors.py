@@ -94,6 +94,10 @@ class StageError(PipelineError):
         return partial(StageError, **{name: getattr(self, name) for name in fields}), ()
 
 
+class StepError(PipelineError):
+    """A stage raised in a training step. Names stage, device, micro-batch, layer and line."""
+
+
 class WorkerDied(PipelineError):
     """The process of a device ended without being asked to."""
 

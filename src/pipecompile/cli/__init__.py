@@ -18,7 +18,6 @@ from pipecompile.cli.report import report_command
 from pipecompile.cli.run import run_command
 from pipecompile.errors import PipecompileError
 
-
 _HELP = """Turn a PyTorch model into a pipeline that runs on several cores at once.
 
 \b

@@ -10,10 +10,12 @@ from pipecompile.ir.cluster import Cluster
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of the pipeline: layers (indices into the graph's layers) placed on one device.
+    """A run of the pipeline: layers (indices into the graph's layers) placed on one device, or on replicas.
 
     ``seconds`` is the predicted compute per sample, ``transfer`` the predicted time spent
-    receiving and sending; ``measured`` the compute of the finished stage timed alone, once known.
+    receiving and sending that computing does not hide; ``measured`` the compute of the finished
+    stage timed alone, once known. ``replicas`` are further devices with a copy of the stage:
+    samples are dealt to ``device`` and them in turn.
     """
 
     index: int
@@ -22,16 +24,27 @@ class Stage:
     seconds: float
     transfer: float = 0.0
     measured: float | None = None
+    replicas: tuple[int, ...] = ()
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """All devices that run the stage, in the order in which samples are dealt."""
+        return (self.device, *self.replicas)
 
     @property
     def load(self) -> float:
-        """Busy seconds per sample: the device cannot go faster than one sample in this time."""
-        return (self.seconds if self.measured is None else self.measured) + self.transfer
+        """Busy seconds per sample of the stream on each of its devices: they cannot go faster than that."""
+        return ((self.seconds if self.measured is None else self.measured) + self.transfer) / len(self.devices)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages in pipeline order. ``bound`` is the proved lower bound of the largest load."""
+    """Stages in pipeline order, and how good they are proved to be.
+
+    ``objective`` is the predicted value in seconds of what was minimised, ``goal``: the largest
+    load of a device (``throughput``), or one sample's time through all stages (``latency``).
+    ``bound`` is the proved lower bound of it over all plans. ``memory`` is predicted bytes by device.
+    """
 
     stages: tuple[Stage, ...]
     cluster: Cluster
@@ -42,6 +55,8 @@ class Plan:
     total: float
     layer_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    goal: str = "throughput"
+    memory: tuple[float, ...] = ()
 
     @property
     def gap(self) -> float:
@@ -49,23 +64,35 @@ class Plan:
         return 0.0 if self.objective <= 0 else max(0.0, 1.0 - self.bound / self.objective)
 
     @property
+    def loads(self) -> dict[int, float]:
+        """Busy seconds per sample of every device in use: of all its stages together."""
+        found: dict[int, float] = {}
+        for stage in self.stages:
+            for device in stage.devices:
+                found[device] = found.get(device, 0.0) + stage.load
+        return found
+
+    @property
     def slowest(self) -> float:
-        """Load of the busiest stage: seconds per sample in steady state."""
-        return max(stage.load for stage in self.stages)
+        """Load of the busiest device: seconds per sample in steady state."""
+        return max(self.loads.values())
 
     @property
     def balance(self) -> float:
-        """(total / stages) / slowest stage: 1.0 is a perfect split."""
-        return self.total / len(self.stages) / self.slowest if self.slowest else 1.0
+        """(total / devices) / busiest device: 1.0 is a perfect split."""
+        return self.total / len(self.loads) / self.slowest if self.slowest else 1.0
 
     def to_json(self) -> dict[str, Any]:
         """As JSON data."""
         return {
             **vars(self),
-            "stages": [{**vars(stage), "layers": list(stage.layers)} for stage in self.stages],
+            "stages": [
+                {**vars(stage), "layers": list(stage.layers), "replicas": list(stage.replicas)} for stage in self.stages
+            ],
             "cluster": self.cluster.to_json(),
             "layer_names": list(self.layer_names),
             "notes": list(self.notes),
+            "memory": list(self.memory),
         }
 
     @classmethod
@@ -78,10 +105,11 @@ class Plan:
             "cluster": Cluster.from_json(data["cluster"]),
             "layer_names": tuple(data["layer_names"]),
             "notes": tuple(data["notes"]),
+            "memory": tuple(data.get("memory", ())),
         }
         return cls(**fields)
 
 
 def _stage_from_json(data: dict[str, Any]) -> Stage:
-    fields: dict[str, Any] = {**data, "layers": tuple(data["layers"])}
+    fields: dict[str, Any] = {**data, "layers": tuple(data["layers"]), "replicas": tuple(data.get("replicas", ()))}
     return Stage(**fields)

@@ -2,6 +2,11 @@
 
 Text form, one instruction a word: ``0F3`` stage 0 computes sample 3; ``1RECV4@0>1`` stage 1
 posts the receive of message 4 on edge ``0>1``; ``0SEND3@0>1`` stage 0 sends message 3.
+
+A training step is a closed program whose samples are micro-batches: ``0B3`` stage 0 computes the
+gradients of its inputs for micro-batch 3, ``0W3`` those of its weights, ``0BW3`` both at once;
+``0REDUCE0@2>0:tied`` adds what stage 2 gives to the gradient of a weight both use; ``0STEP0``
+updates the weights of stage 0.
 """
 
 from __future__ import annotations
@@ -9,7 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from pipecompile.errors import ProgramError
 from pipecompile.ir.graph import TensorSpec
@@ -24,6 +29,17 @@ class Op(StrEnum):
     FORWARD = "F"
     SEND = "SEND"
     RECV = "RECV"
+    BACKWARD_INPUT = "B"
+    BACKWARD_WEIGHT = "W"
+    BACKWARD = "BW"
+    REDUCE = "REDUCE"
+    STEP = "STEP"
+
+
+#: What a device computes with one micro-batch, in contrast to messages and updates.
+COMPUTE = frozenset({Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT, Op.BACKWARD})
+
+_OPS = "|".join(sorted(Op, key=len, reverse=True))
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,8 @@ class Instruction:
 
     ``RECV`` posts a ring slot for a message (it never blocks by itself); ``FORWARD`` waits for
     the posted messages of its sample, computes, and thereby frees their slots; ``SEND`` waits
-    until the receiver has posted the message, then copies it.
+    until the receiver has posted the message, then copies it. What training adds waits for the
+    messages it reads: a backward for its gradients, ``REDUCE`` for its one message a step.
     """
 
     op: Op
@@ -51,7 +68,7 @@ class Instruction:
         Raises:
             ProgramError: if the text is not an instruction.
         """
-        found = re.fullmatch(r"(\d+)(F|SEND|RECV)(-?\d+)(?:@(\S+))?", text)
+        found = re.fullmatch(rf"(\d+)({_OPS})(-?\d+)(?:@(\S+))?", text)
         if found is None:
             raise ProgramError(f"not an instruction: {text!r} (expected e.g. '0F3' or '0SEND3@0>1')")
         return cls(Op(found[2]), int(found[1]), int(found[3]), found[4] or "")
@@ -62,6 +79,10 @@ class Edge:
     """A ring of ``slots`` messages from one stage (or HOST) to another. One message a sample.
 
     ``values`` travel together; ``ahead`` is how many messages beyond the one in use are posted.
+    In training, an edge to an earlier stage carries gradients: ``values`` names what they are the
+    gradients of. An edge of kind ``tied`` carries one message a step, the gradients summed over
+    all micro-batches of the weights named. Between stages of one device nothing travels, and the
+    edge has no slots.
     """
 
     source: int
@@ -70,11 +91,17 @@ class Edge:
     specs: tuple[TensorSpec, ...]
     ahead: int
     slots: int
+    kind: Literal["", "tied"] = ""
 
     @property
     def name(self) -> str:
         """``0>1``; the caller's side is ``host``."""
-        return f"{_end(self.source)}>{_end(self.target)}"
+        return f"{_end(self.source)}>{_end(self.target)}" + (f":{self.kind}" if self.kind else "")
+
+    @property
+    def backward(self) -> bool:
+        """Whether it carries the gradients of each micro-batch."""
+        return not self.kind and HOST < self.target < self.source
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +130,16 @@ class Program:
     devices: tuple[DeviceProgram, ...]
     edges: tuple[Edge, ...]
     schedule: str = "stream"
+
+    @property
+    def closed(self) -> bool:
+        """Whether it ends by itself: a training step rather than a stream."""
+        return not any(device.body for device in self.devices)
+
+    @property
+    def micro_batches(self) -> int:
+        """How many micro-batches a closed program computes."""
+        return 1 + max((s.sample for d in self.devices for s in d.warm_up if s.op in COMPUTE), default=-1)
 
     def edge(self, name: str) -> Edge:
         """The edge of that name.

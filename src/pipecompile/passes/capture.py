@@ -89,11 +89,13 @@ def capture(
     dynamic_shapes: Any | None = None,
     *,
     as_eager: bool = True,
+    gradients: bool = False,
 ) -> Capture:
     """Export ``model`` in its present mode, called as ``model(*args, **kwargs)``.
 
     ``as_eager`` makes code that behaves otherwise while exporting take its eager path. What it
     then caches in the model is fake, so a twin that shares only parameters and buffers is traced.
+    With ``gradients``, regions under ``torch.no_grad()`` stay visible.
 
     Raises:
         TraceError: with the reason, the model's source line and what to try.
@@ -110,7 +112,7 @@ def capture(
     if dynamic_shapes is not None:
         shapes = {"leaves": tuple(_shapes_of_leaves(model, in_tree, args, kwargs, dynamic_shapes))}
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.set_grad_enabled(gradients):
             warnings.simplefilter("ignore")
             traced = _twin(model) if as_eager else model
             exported = torch.export.export(

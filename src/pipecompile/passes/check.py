@@ -34,7 +34,7 @@ def run_once(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     Raises:
         TraceError: if the model fails on its own example inputs.
     """
-    with exact(model), _buffers_kept(model):
+    with exact(model), buffers_kept(model):
         try:
             return flatten(model(*_fresh(tuple(args)), **_fresh(dict(kwargs))))[0]
         except Exception as error:  # user code may raise anything
@@ -83,7 +83,7 @@ def _compare(
     traced_buffers = {
         name: t for name, b in buffers.items() for own, t in zip(tensors.values(), state, strict=True) if own is b
     }
-    with _buffers_kept(model), exact(model):
+    with buffers_kept(model), exact(model):
         for seed in (0, 1):
             torch.manual_seed(seed)
             with _recording(model, evidence and evidence[0]):
@@ -103,7 +103,7 @@ def _compare(
 
 
 @contextmanager
-def _buffers_kept(model: nn.Module) -> Generator[None]:
+def buffers_kept(model: nn.Module) -> Generator[None]:
     """Put a model's buffers back as they were: the objects and their values."""
     holders = [(m, key, b) for m in model.modules() for key, b in buffers_of(m).items()]
     saved = [(buffer, buffer.clone()) for buffer in model.buffers()]

@@ -18,21 +18,23 @@ _ASSERTS = frozenset(
 )
 
 
-def remove_no_ops(module: fx.GraphModule) -> None:
+def remove_no_ops(module: fx.GraphModule, *, training: bool = False) -> None:
     """Drop what does nothing in inference: dropout outside training, detach, export's own checks.
 
-    Regions that only switch gradients are inlined: inference runs without them anyway.
+    Regions that only switch gradients are inlined: inference runs without them anyway. In
+    ``training`` detach stays, and what a region without gradients reads is detached.
     """
     graph = module.graph
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         if getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled":
-            _inline(module, node, node.args[1], node.args[2:])
+            _inline(module, node, node.args[1], node.args[2:], detach=training and node.args[0] is False)
             continue
         name = operator_name(node)
         idle = name in _DROPOUTS and node.args[2:] and node.args[2] is False
-        if idle or name in ("aten::detach", "aten::alias", "aten::lift_fresh"):
+        nothing = ("aten::alias", "aten::lift_fresh") if training else ("aten::alias", "aten::lift_fresh", "aten::detach")
+        if idle or name in nothing:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif name in _ASSERTS and not node.users:
@@ -114,12 +116,16 @@ def _is_impure(node: fx.Node) -> bool:
     return bool(written_args(node)) or operator_name(node) in _ASSERTS
 
 
-def _inline(module: fx.GraphModule, node: fx.Node, body: Any, operands: Any) -> None:
+def _inline(module: fx.GraphModule, node: fx.Node, body: Any, operands: Any, *, detach: bool = False) -> None:
     """Replace a call of a sub-graph by the sub-graph's nodes."""
     sub = module.get_submodule(body.target)
     assert isinstance(sub, fx.GraphModule)
     env = dict(zip(sub.graph.find_nodes(op="placeholder"), operands, strict=True))
     with module.graph.inserting_before(node):
+        for inner, operand in list(env.items()) if detach else []:
+            if isinstance(operand, fx.Node) and isinstance(operand.meta.get("val"), torch.Tensor):
+                env[inner] = module.graph.call_function(aten.detach.default, (operand,))
+                env[inner].meta = dict(operand.meta)
         for inner in sub.graph.nodes:
             if inner.op == "get_attr":
                 target = f"{body.target}.{inner.target}"

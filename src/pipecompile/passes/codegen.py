@@ -171,3 +171,7 @@ def _def(name: str, parameters: list[str], width: int) -> str:
 
 def _indent(lines: list[str]) -> str:
     return "".join(f"    {line}\n" if line else "\n" for line in lines)
+
+
+#: For the other code generators.
+title, tuple_of, define, indent = _title, _tuple, _def, _indent

@@ -22,6 +22,11 @@ HEADER = "import math\nimport operator\nfrom itertools import count\n\nimport to
 
 _RESERVED = frozenset({"aten", "count", "link", "math", "operator", "torch", "sample", "start", "clock", *dir(builtins)})
 
+#: What generated training steps use besides.
+_RESERVED_IN_STEPS = frozenset(
+    "base draw edge_of edges filled grad kept loss loss_of made number passed pending state sums trained".split()
+)
+
 
 class Emitter:
     """Writes functions over tensors for parts of one graph. Sub-graphs become functions too."""
@@ -158,7 +163,8 @@ def _namespace(target: Any) -> str:
 def local(node: fx.Node) -> str:
     """The variable a node's value is held in."""
     name = node.name
-    return f"{name}_value" if name in _RESERVED or keyword.iskeyword(name) else name
+    reserved = name in _RESERVED or name in _RESERVED_IN_STEPS or keyword.iskeyword(name)
+    return f"{name}_value" if reserved else name
 
 
 def callee(target: Any) -> str:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from pipecompile.errors import ProgramError
+from pipecompile.errors import PlanError, ProgramError
 from pipecompile.ir.graph import ModelGraph, TensorSpec
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import HOST, DeviceProgram, Edge, Instruction, Op, Program
@@ -142,6 +142,11 @@ def _stage_of(graph: ModelGraph, plan: Plan) -> dict[int, int]:
         raise ProgramError(f"the plan numbers its stages {[stage.index for stage in plan.stages]}, not 0, 1, ...")
     stage_of: dict[int, int] = {}
     for stage in plan.stages:
+        if stage.replicas:
+            raise PlanError(
+                f"stage {stage.index} is replicated on devices {stage.devices}: this version cannot run replicas, "
+                "plan without them"
+            )
         for layer in stage.layers:
             if layer in stage_of or not 0 <= layer < len(graph.layers):
                 raise ProgramError(f"the plan gives stage {stage.index} layer {layer}: it is elsewhere or not at all")

@@ -54,11 +54,19 @@ def returns_alias(node: fx.Node) -> bool:
     return any(value.alias_info is not None for value in node.target._schema.returns)
 
 
+#: Operators that update running statistics without saying so in their schema: where their
+#: arguments tell that they do, and which arguments they write.
+_STATISTICS = {"aten::batch_norm": (5, (3, 4)), "aten::instance_norm": (5, (3, 4))}
+
+
 def written_args(node: fx.Node) -> list[fx.Node]:
     """The argument nodes a call writes to, by its operator's schema."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
     written: list[fx.Node] = []
+    flag, statistics = _STATISTICS.get(operator_name(node), (0, ()))
+    if statistics and node.args[flag] is True:
+        written += [arg for i in statistics if isinstance(arg := node.args[i], fx.Node)]
     for position, argument in enumerate(node.target._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
@@ -83,6 +91,42 @@ def out_of_place(node: fx.Node) -> Any | None:
 def is_random(target: Any) -> bool:
     """Whether a call draws from a random generator."""
     return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether this very call draws random numbers: not a dropout with probability 0."""
+    if not is_random(node.target):
+        return False
+    name, args = operator_name(node), node.args
+    if name in ("aten::dropout", "aten::feature_dropout", "aten::alpha_dropout", "aten::feature_alpha_dropout"):
+        return bool(args[1] != 0) and args[2] is True
+    if name == "aten::scaled_dot_product_attention":
+        return bool(args[4] if len(args) > 4 else node.kwargs.get("dropout_p", 0.0))
+    if name in ("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"):
+        # ..., has_biases, num_layers, dropout, train, ...: the first bool is has_biases
+        flags = [i for i, arg in enumerate(args) if isinstance(arg, bool)]
+        return bool(args[flags[0] + 2]) and args[flags[0] + 3] is True
+    return True
+
+
+#: Operators whose weight gradient is worth computing later than their input gradient, with the
+#: positions of their weights.
+_HEAVY = {
+    "aten::linear": (1, 2),
+    "aten::addmm": (0, 2),
+    "aten::embedding": (0,),
+    **{f"aten::conv{kind}": (1, 2) for kind in ("1d", "2d", "3d", "olution", "_transpose1d")},
+    "aten::conv_transpose2d": (1, 2),
+    "aten::conv_transpose3d": (1, 2),
+    "aten::mm": (1,),
+    "aten::matmul": (1,),
+}
+
+
+def heavy_weights(node: fx.Node) -> list[fx.Node]:
+    """The weights of a call whose weight gradient can be put off: convolution, linear, embedding and the like."""
+    positions = _HEAVY.get(operator_name(node), ())
+    return [arg for i in positions if i < len(node.args) and isinstance(arg := node.args[i], fx.Node)]
 
 
 @contextmanager

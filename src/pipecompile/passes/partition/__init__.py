@@ -1,21 +1,41 @@
-"""Partition: which layers run on which device. Chain DP, stage windows and an integer program."""
+"""Partition: which layers run on which device. Dynamic programs, stage windows and an integer program."""
 
 from __future__ import annotations
 
-from pipecompile.passes.partition.load import stage_loads
-from pipecompile.passes.partition.partition import Partition, problem_of
-from pipecompile.passes.partition.problem import HOST, Assignment, Problem, Value
+from pipecompile.passes.partition.load import Verdict, judge
+from pipecompile.passes.partition.partition import ObjectiveName, Partition, Training, problem_of
+from pipecompile.passes.partition.problem import (
+    HOST,
+    Goal,
+    Memory,
+    Place,
+    Placement,
+    Problem,
+    Traffic,
+    Value,
+    Weight,
+)
+from pipecompile.passes.partition.requests import with_memory
 from pipecompile.passes.partition.search import Solution, SolverName, solve
 
 __all__ = [
     "HOST",
-    "Assignment",
+    "Goal",
+    "Memory",
+    "ObjectiveName",
     "Partition",
+    "Place",
+    "Placement",
     "Problem",
     "Solution",
     "SolverName",
+    "Traffic",
+    "Training",
     "Value",
+    "Verdict",
+    "Weight",
+    "judge",
     "problem_of",
     "solve",
-    "stage_loads",
+    "with_memory",
 ]

@@ -3,84 +3,158 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import Literal
 
 from pipecompile.errors import PlanError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import ModelGraph
 from pipecompile.ir.plan import Plan, Stage
 from pipecompile.ir.profile import Profile
-from pipecompile.passes.partition.problem import HOST, Problem, Value
+from pipecompile.passes.partition.contract import forced
+from pipecompile.passes.partition.problem import HOST, Goal, Memory, Place, Problem, Traffic, Value, Weight
+from pipecompile.passes.partition.requests import find_layers, pins
 from pipecompile.passes.partition.search import Solution, SolverName, solve
+
+ObjectiveName = Literal["throughput", "latency"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training adds to the problem.
+
+    ``backward`` is seconds per layer of the backward pass. Weights are kept ``copies`` times
+    (themselves, gradients, optimizer state: 2 for plain SGD, 4 for Adam). Activations of as many
+    micro-batches are kept as ``schedule`` has in flight. One update follows ``micro_batches``.
+    """
+
+    backward: tuple[float, ...]
+    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    micro_batches: int = 1
+    copies: float = 2.0
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Cut a model's layers into pipeline stages so that the busiest stage is least busy.
+    """Cut a model's layers into pipeline stages.
 
-    ``stages`` is the number of devices to use, the first ones of the cluster in its order; a model
-    with fewer layers uses fewer. ``time_limit`` is in seconds, ``gap`` the relative distance from
-    the optimum at which to stop. ``solver``: ``auto`` (HiGHS, then CBC), ``highs``, ``cbc`` or
-    ``none`` (the chain dynamic program alone, which always gives a valid plan).
+    ``stages`` is the number of devices to use, the first ones of the cluster; a model with fewer
+    layers uses fewer. ``objective`` is what to minimise: the busiest device's time per sample
+    (``throughput``), one sample's time through all stages (``latency``), or ``(name, limit)``: the
+    one named, while the other stays at most ``limit`` seconds. ``pin`` maps patterns of layers to a
+    device name or several, ``colocate`` lists patterns (or lists of them) whose layers share a stage.
+    ``chunks`` is the number of stages a device takes; with ``replicas`` a stage may take several
+    devices. ``time_limit`` is in seconds, ``gap`` the relative distance from the optimum at which to
+    stop. ``solver``: ``auto`` (dynamic programs, HiGHS, CBC), ``highs``, ``cbc`` or ``none`` (dynamic
+    programs alone, which give a valid plan whenever memory allows one along some order).
     """
 
     stages: int
     time_limit: float = 10.0
     gap: float = 1e-4
     solver: SolverName = "auto"
+    objective: ObjectiveName | tuple[ObjectiveName, float] = "throughput"
+    pin: Mapping[str, str | Sequence[str]] = field(default_factory=dict[str, "str | Sequence[str]"])
+    colocate: Sequence[str | Sequence[str]] = ()
+    chunks: int = 1
+    replicas: bool = False
+    training: Training | None = None
+    slots: float = 3.0
 
     def apply(self, graph: ModelGraph, profile: Profile, cluster: Cluster) -> Plan:
         """The best plan found, with its proof: ``objective``, ``bound``, ``solver``, ``solve_seconds``.
 
         Raises:
-            PlanError: if more stages are asked for than the cluster has devices, the profile is
-                not of this graph, or the layers are not in an order of execution.
+            PlanError: if more stages are asked for than the cluster has devices, the profile is not
+                of this graph, a name is unknown, or no plan meets the constraints (which one, and
+                by how much).
         """
         if not 1 <= self.stages <= len(cluster.devices):
             raise PlanError(
                 f"asked for {self.stages} stages on {len(cluster.devices)} devices: "
                 f"ask for 1 to {len(cluster.devices)}, or add devices to the cluster"
             )
-        used = max(1, min(self.stages, len(graph.layers)))
-        notes: list[str] = []
-        if used < self.stages:
-            notes.append(f"{self.stages} devices asked for, but the model has {len(graph.layers)} layers: {used} used")
-        problem = problem_of(graph, profile, cluster, used)
+        problem, notes = self.problem(graph, profile, cluster)
+        if not graph.layers:
+            return Plan((Stage(0, 0, (), 0.0),), cluster, 0.0, 0.0, "chain", 0.0, profile.total, notes=tuple(notes))
         solution = solve(problem, self.time_limit, self.gap, self.solver)
-        notes.extend(solution.notes)
-        notes.extend(_fewer(solution))
-
-        layers: dict[int, list[int]] = defaultdict(list)
-        for layer, stage in enumerate(solution.assignment):
-            layers[stage].append(layer)
+        notes += [*solution.notes, *_fewer(problem, solution)]
+        goal = problem.goal.kind
         return Plan(
-            stages=tuple(
-                Stage(index, index, tuple(layers[index]), compute, transfer)
-                for index, (compute, transfer) in enumerate(solution.loads)
-            ),
+            stages=_stages(problem, solution),
             cluster=cluster,
             objective=solution.objective,
             bound=solution.bound,
             solver=solution.solver,
             solve_seconds=solution.seconds,
-            total=profile.total,
+            total=profile.total + (sum(self.training.backward) if self.training else 0.0),
             layer_names=tuple(layer.name for layer in graph.layers),
             notes=tuple(notes),
+            goal=goal,
+            memory=solution.verdict.memory,
+        )
+
+    def problem(self, graph: ModelGraph, profile: Profile, cluster: Cluster) -> tuple[Problem, list[str]]:
+        """The problem this pass solves, and what to tell the user about the number of devices.
+
+        Raises:
+            PlanError: as :meth:`apply`.
+        """
+        together = tuple(
+            tuple(dict.fromkeys(v for p in ([group] if isinstance(group, str) else group) for v in find_layers(graph, p)))
+            for group in self.colocate
+        )
+        loose = problem_of(graph, profile, cluster, self.stages, self.training, self.slots)
+        loose = replace(loose, together=(*loose.together, *together), idle=True)
+        groups = len(forced(loose).groups)
+        used = max(1, min(self.stages, groups // self.chunks))
+        notes: list[str] = []
+        if used < self.stages:
+            what = f"{len(graph.layers)} layers" if groups == len(graph.layers) else f"{groups} parts that can be parted"
+            notes.append(f"{self.stages} devices asked for, but the model has {what}: {used} used")
+        kind, limit = self.objective if isinstance(self.objective, tuple) else (self.objective, inf)
+        if kind not in ("throughput", "latency") or not limit > 0:
+            raise PlanError(f"objective {self.objective!r}: 'throughput', 'latency', or one of them and a limit in seconds")
+        return (
+            replace(
+                loose,
+                places=loose.places[:used],
+                links={ends: link for ends, link in loose.links.items() if max(ends) < used},
+                allowed=pins(graph, cluster, self.pin, used),
+                goal=Goal(kind, limit),
+                chunks=self.chunks,
+                replicas=self.replicas,
+                idle=False,
+            ),
+            notes,
         )
 
 
-def problem_of(graph: ModelGraph, profile: Profile, cluster: Cluster, stages: int) -> Problem:
+def problem_of(
+    graph: ModelGraph,
+    profile: Profile,
+    cluster: Cluster,
+    stages: int,
+    training: Training | None = None,
+    slots: float = 3.0,
+) -> Problem:
     """The partitioning problem of a profiled graph on the first ``stages`` devices of a cluster.
 
-    The link is the cluster's. Values nobody reads outside their layer are left out.
+    The links are the cluster's; ``slots`` is how many of each value a ring holds. Values nobody
+    reads outside their layer are left out. Layers that share a buffer which is written to must
+    share a stage, and cannot be replicated; layers that share a parameter may be parted: each stage
+    keeps it, and in training they sum its gradient.
 
     Raises:
         PlanError: if the profile is not of this graph.
     """
-    if len(profile.seconds) != len(graph.layers):
-        raise PlanError(
-            f"the profile has {len(profile.seconds)} layers, the graph {len(graph.layers)}: profile this graph again"
-        )
+    count = len(graph.layers)
+    if len(profile.seconds) != count:
+        raise PlanError(f"the profile has {len(profile.seconds)} layers, the graph {count}: profile this graph again")
+    if training is not None and len(training.backward) != count:
+        raise PlanError(f"backward times of {len(training.backward)} layers, the graph has {count}")
     made_by = graph.producer
     readers: dict[str, list[int]] = defaultdict(list)
     for index, layer in enumerate(graph.layers):
@@ -89,34 +163,88 @@ def problem_of(graph: ModelGraph, profile: Profile, cluster: Cluster, stages: in
                 readers[name].append(index)
     returned = {ref.name for ref in graph.outputs if ref.kind == "value"}
     values: list[Value] = []
+    activations = [0.0] * count
     for name in (*graph.inputs, *made_by):
         if not readers[name] and name not in returned:
             continue
         if name not in profile.value_bytes:
             raise PlanError(f"the profile lacks the size of value {name!r}: profile this graph again")
         consumers, nbytes = tuple(readers[name]), float(profile.value_bytes[name])
-        values.append(Value(made_by.get(name, HOST), consumers, nbytes, name in returned and name in made_by))
+        spec = graph.values.get(name)
+        learns = training is not None and name in made_by and spec is not None and spec.torch_dtype.is_floating_point
+        values.append(
+            Value(
+                made_by.get(name, HOST),
+                consumers,
+                nbytes,
+                name in returned and name in made_by,
+                gradient=nbytes if learns else 0.0,
+            )
+        )
+        if name in made_by:
+            activations[made_by[name]] += nbytes
+    users: dict[str, list[int]] = defaultdict(list)
+    for index, layer in enumerate(graph.layers):
+        for name in layer.state:
+            users[name].append(index)
+    state = {entry.name: entry for entry in graph.state}
+    written = [tuple(layers) for name, layers in users.items() if name in state and state[name].mutated]
+    devices = cluster.devices[:stages]
+    pairs = [(i, j) for i in range(stages) for j in range(stages) if i != j]
+    links = {pair: cluster.between(*pair) for pair in pairs if cluster.between(*pair) != cluster.link}
     return Problem(
-        cost=profile.seconds,
+        cost=tuple(s + (training.backward[i] if training else 0.0) for i, s in enumerate(profile.seconds)),
         edges=tuple(edge for edge in graph.edges if edge[0] != edge[1]),
         values=tuple(values),
+        places=tuple(Place(d.name, d.speed, inf if d.memory is None else d.memory) for d in devices),
         link=cluster.link,
-        stages=stages,
-        speeds=tuple(device.speed for device in cluster.devices[:stages]),
+        links=links,
+        traffic=Traffic(overlap=cluster.link.overlap),
+        memory=Memory(
+            copies=training.copies if training else 1.0,
+            schedule=training.schedule if training else "stream",
+            micro_batches=training.micro_batches if training else 1,
+            slots=slots,
+            update_every=float(training.micro_batches) if training else 0.0,
+        ),
+        weights=tuple(
+            Weight(float(state[name].nbytes), tuple(layers)) for name, layers in users.items() if name in state
+        ),
+        activations=tuple(activations),
+        together=tuple(layers for layers in written if len(layers) > 1),
+        single=frozenset(layer for layers in written for layer in layers),
+        names=tuple(layer.name for layer in graph.layers),
+        idle=True,
     )
 
 
-def _fewer(solution: Solution) -> list[str]:
+def _stages(problem: Problem, solution: Solution) -> tuple[Stage, ...]:
+    layers: dict[int, list[int]] = defaultdict(list)
+    for layer, stage in enumerate(solution.placement.stage_of):
+        layers[stage].append(layer)
+    found: list[Stage] = []
+    for index, devices in enumerate(solution.placement.devices):
+        compute, transfer = solution.verdict.stages[index]
+        if problem.chunks == 1:  # what the device's load shows of it: hidden parts left out, sums included
+            busiest = max(solution.verdict.loads[device] for device in devices)
+            transfer = max(0.0, busiest * len(devices) - compute)
+        found.append(
+            Stage(index, devices[0], tuple(layers[index]), compute, transfer, replicas=tuple(devices[1:]))
+        )
+    return tuple(found)
+
+
+def _fewer(problem: Problem, solution: Solution) -> list[str]:
     """Say so when a plan with fewer devices would be at least as fast as the one asked for."""
-    if not solution.fewer:
+    if not solution.fewer or problem.goal.kind != "throughput":
         return []
-    stages = min(solution.fewer, key=lambda count: (solution.fewer[count], count))
-    if solution.fewer[stages] >= solution.objective:
+    count = min(solution.fewer, key=lambda devices: (solution.fewer[devices], devices))
+    if solution.fewer[count] >= solution.objective:
         return []
     return [
-        f"{stages} of {len(solution.loads)} devices would be faster by prediction: "
-        f"{solution.fewer[stages] * 1e3:.4g} ms a sample instead of {solution.objective * 1e3:.4g} ms"
+        f"{count} of {len(problem.places)} devices would be faster by prediction: "
+        f"{solution.fewer[count] * 1e3:.4g} ms a sample instead of {solution.objective * 1e3:.4g} ms"
     ]
 
 
-__all__ = ["Partition", "problem_of"]
+__all__ = ["ObjectiveName", "Partition", "Training", "problem_of"]

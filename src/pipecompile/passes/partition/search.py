@@ -1,42 +1,60 @@
-"""All methods on one problem: chain DP, then the integer program within its windows; the best wins."""
+"""All methods on one problem: dynamic programs, then the integer program within its windows; the best wins."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from math import inf, isfinite
 from typing import Literal
 
+import numpy as np
+
 from pipecompile.errors import PlanError
-from pipecompile.passes.partition.chain import chain_cuts, orders
-from pipecompile.passes.partition.ilp import SCALE, build
-from pipecompile.passes.partition.load import largest, moved, stage_loads
-from pipecompile.passes.partition.problem import Assignment, Problem
-from pipecompile.passes.partition.solvers import SOLVERS, Answer, Run
-from pipecompile.passes.partition.windows import Windows, stage_windows
+from pipecompile.passes.partition.classes import arrangements, classes_of, relative_speed
+from pipecompile.passes.partition.contract import forced
+from pipecompile.passes.partition.diagnose import explain
+from pipecompile.passes.partition.downsets import Family, all_downsets, chain, orders
+from pipecompile.passes.partition.dynamic import TIE, Dynamic, Outcome
+from pipecompile.passes.partition.load import Verdict, judge
+from pipecompile.passes.partition.pairs import TooMany, pairs_of
+from pipecompile.passes.partition.problem import Arrangement, Placement, Problem
+from pipecompile.passes.partition.programs import Programs, Task
+from pipecompile.passes.partition.solvers import SOLVERS
+from pipecompile.passes.partition.sweep import fixed_steps, free_steps
 
 SolverName = Literal["auto", "highs", "cbc", "none"]
-
-#: Loads closer than this (relative) are taken as equal.
-TIE = 1e-9
 
 #: Relative error of a bound that the solvers' own tolerances can cause.
 AGREE = 1e-6
 
-#: More undecided (choice, consumer) pairs than this and the exact model is left out.
-LARGEST_EXACT = 20_000
+#: Downsets up to which the dynamic program over all of them comes before the integer program,
+#: and up to which it is tried at all.
+FEW_DOWNSETS, MOST_DOWNSETS = 5_000, 20_000
+
+#: Pairs of downsets kept at most, and pairs x transitions a dynamic program may take.
+MOST_PAIRS, MOST_WORK = 20_000_000, 400_000_000
+
+#: Arrangements of unlike devices for which integer programs are solved at most.
+MOST_ARRANGEMENTS = 400
+
+
+#: Seconds for the first program of each order of the devices, and the share of what is left then
+#: that goes into improving the best plan.
+FIRST_TURN, POLISH = 0.5, 0.3
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The best assignment found, its loads by ``stage_loads`` and what is proved about it.
+    """The best placement found, what the judge says of it, and what is proved.
 
-    ``bound`` is a proved lower bound of the largest load of any feasible assignment; ``fewer`` the
-    objectives, by number of stages, of the plans found with fewer stages (not proved).
+    ``bound`` is a proved lower bound of the objective of any feasible placement; ``fewer`` the
+    largest loads, by number of devices, of plans found with fewer devices (not proved).
     """
 
-    assignment: Assignment
-    loads: tuple[tuple[float, float], ...]
+    placement: Placement
+    verdict: Verdict
     bound: float
     solver: str
     seconds: float
@@ -45,124 +63,206 @@ class Solution:
 
     @property
     def objective(self) -> float:
-        """Largest load in seconds."""
-        return largest(self.loads)
+        """The goal's value in seconds."""
+        return self.verdict.objective
+
+    @property
+    def gap(self) -> float:
+        """Relative distance of the objective from its proved bound."""
+        return max(0.0, 1 - self.bound / self.objective) if self.objective > 0 else 0.0
 
 
 def solve(problem: Problem, time_limit: float = 10.0, gap: float = 1e-4, solver: SolverName = "auto") -> Solution:
-    """Cut the problem's layers into its stages.
+    """Place the problem's layers.
 
-    The chain DP always runs; the integer program gets what is left of ``time_limit`` seconds and
-    stops at a relative ``gap``. ``auto`` tries HiGHS, then CBC; ``none`` only the chain DP.
+    The dynamic programs along topological orders always run. The one over all downsets, where they
+    are few, and the integer program get what is left of ``time_limit`` seconds and stop at a relative
+    ``gap``. ``auto`` tries HiGHS, then CBC; ``highs`` and ``cbc`` leave out the program over all
+    downsets; ``none`` the integer program.
 
     Raises:
-        PlanError: if ``solver`` is unknown, or the time limit or gap is negative.
+        PlanError: if no placement meets the constraints (with the constraint and the amount), if
+            ``solver`` is unknown, or the time limit or gap is negative.
     """
     if solver not in ("auto", "none", *SOLVERS):
         raise PlanError(f"unknown solver {solver!r}: choose auto, none, {', '.join(SOLVERS)}")
     if not time_limit >= 0 or not gap >= 0:
         raise PlanError(f"time limit ({time_limit}) and gap ({gap}) must not be negative")
     started = time.perf_counter()
-    chains = [chain_cuts(problem, order) for order in orders(problem)]
-    best = _better(problem, (cuts[-1] for cuts in chains))
-    fewer = {
-        stages: min(largest(stage_loads(problem, cuts[stages - 1])) for cuts in chains)
-        for stages in range(1, problem.stages)
-    }
-    objective = largest(stage_loads(problem, best))
-    if problem.stages == 1:
-        bound, name, notes = objective, "chain", []
-    else:
-        search = _Search(problem, best, objective, gap, started + time_limit)
-        search.run(solver)
-        best, bound, name, notes = search.best, search.bound, search.name, search.notes
-    loads = tuple(stage_loads(problem, best))
-    bound = min(bound, largest(loads))
-    return Solution(best, loads, bound, name, time.perf_counter() - started, fewer, tuple(notes))
-
-
-class _Search:
-    """The integer program's part: improves ``best`` and raises ``bound`` until the gap closes."""
-
-    def __init__(self, problem: Problem, best: Assignment, objective: float, gap: float, deadline: float) -> None:
-        self.problem, self.best, self.objective, self.gap, self.deadline = problem, best, objective, gap, deadline
-        self.bound = min(problem.floor, objective)
-        self.name = "chain"
-        self.notes: list[str] = []
-
-    @property
-    def closed(self) -> bool:
-        """Whether the bound is as close as was asked, solvers' tolerances allowed for."""
-        return self.bound >= self.objective * (1 - self.gap - AGREE)
-
-    def run(self, solver: SolverName) -> None:
-        """The relaxed model first, the exact one if that leaves a gap."""
-        names = {"auto": list(SOLVERS), "none": list[str]()}.get(solver, [solver])
-        for exact in (False, True):
-            if self.closed or not names:
-                return
-            windows = stage_windows(self.problem, self.objective)
-            if windows.undecided == 0:
-                self.bound = self.objective  # no other plan is as good
-                return
-            if exact and _weight(self.problem, windows) > LARGEST_EXACT:
-                self.notes.append("the graph is too large for the exact model: the bound is the relaxed model's")
-                return
-            if not self._attempt(names, windows, exact):
-                return
-
-    def _attempt(self, names: list[str], windows: Windows, exact: bool) -> bool:
-        """Build and solve one model; solvers that fail are struck off ``names``. False: no answer."""
-        limit = self.objective
-        model = build(self.problem, windows, limit, exact)
-        while names:
-            left = self.deadline - time.perf_counter()
-            if left <= 0:
-                self.notes.append("the time limit ended the search: this is the best plan found until then")
-                return False
-            run: Run = SOLVERS[names[0]]
-            try:
-                answer: Answer = run(model, self.best, left, self.gap)
-            except Exception as error:  # any way in which a third-party solver can break
-                self.notes.append(f"solver {names[0]} failed ({type(error).__name__}: {error})")
-                names.pop(0)
-                continue
-            self.name = names[0]
-            self.bound = max(self.bound, min(answer.bound / SCALE * limit, limit))
-            self._take(None if answer.values is None else model.read(answer.values))
-            return True
-        self.notes.append("no solver is left: the plan is the chain dynamic program's")
-        return False
-
-    def _take(self, found: Assignment | None) -> None:
-        if found is None:
-            return
-        fault = self.problem.check(found)
-        if fault:
-            self.notes.append(f"solver {self.name} returned a plan that is not valid ({fault}): ignored")
-            return
-        self.best = _better(self.problem, (self.best, found))
-        self.objective = largest(stage_loads(self.problem, self.best))
-
-
-def _better(problem: Problem, candidates: Iterable[Assignment]) -> Assignment:
-    """The candidate of least objective; among equal ones the one that transfers least, then the first."""
-    judged = [(stage_loads(problem, candidate), candidate) for candidate in candidates]
-    limit = min(largest(loads) for loads, _ in judged) * (1 + TIE)
-    equal = [(loads, candidate) for loads, candidate in judged if largest(loads) <= limit]
-    return min(equal, key=lambda item: moved(item[0]))[1]
-
-
-def _weight(problem: Problem, windows: Windows) -> int:
-    """Roughly how many rows the exact model would have."""
-    width = [last - first for first, last in zip(windows.first, windows.last, strict=True)]
-    return sum(
-        (width[value.producer] + 1) * (width[layer] + 1)
-        for value in problem.values
-        if value.producer >= 0
-        for layer in value.consumers
-        if width[value.producer] or width[layer]
+    contraction = forced(problem)
+    search = _Search(contraction.problem, gap, started + time_limit)
+    search.run(solver)
+    if search.best is None:
+        raise PlanError(explain(contraction.problem, search.short, search.proved))
+    placement = contraction.expand(search.best)
+    fault = problem.check(placement)
+    assert not fault, fault
+    verdict = judge(problem, placement)
+    return Solution(
+        placement,
+        verdict,
+        min(search.bound, verdict.objective),
+        search.name,
+        time.perf_counter() - started,
+        search.fewer,
+        tuple(search.notes),
     )
 
 
-__all__ = ["Solution", "SolverName", "solve"]
+class _Search:
+    """Improves ``best`` and raises ``bound`` until the gap closes or the methods or the time run out."""
+
+    def __init__(self, problem: Problem, gap: float, deadline: float) -> None:
+        self.problem, self.gap, self.deadline = problem, gap, deadline
+        self.classes = classes_of(problem)
+        self.best: Placement | None = None
+        self.objective, self.moved = inf, inf
+        self.name = "chain"
+        self.bound = floor(problem)
+        self.fewer: dict[int, float] = {}
+        self.notes: list[str] = []
+        self.short = inf
+        self.proved = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether the bound is as close as was asked, rounding allowed for."""
+        return self.best is not None and self.bound >= self.objective * (1 - self.gap - AGREE)
+
+    @property
+    def left(self) -> float:
+        """Seconds left."""
+        return self.deadline - time.perf_counter()
+
+    def run(self, solver: SolverName) -> None:
+        """The methods in turn."""
+        for order in orders(self.problem):
+            self._dynamic(chain(order), "chain")
+            if self.closed:
+                return
+        exhaustive = solver in ("auto", "none") and self.problem.chunks == 1
+        done = exhaustive and self._downsets(FEW_DOWNSETS)
+        if self.closed or (done and self.best is None):
+            return
+        if solver != "none":
+            names: list[str] = [*SOLVERS] if solver == "auto" else [solver]
+            self._programs(names)
+        if exhaustive and not done and not self.closed and not self.proved and self.left > 0:
+            self._downsets(MOST_DOWNSETS)
+
+    def offer(self, candidates: Iterable[Placement], name: str) -> bool:
+        """Judge candidates and keep the best. Whether the objective improved."""
+        improved = False
+        for candidate in candidates:
+            fault = self.problem.check(candidate)
+            if fault:
+                self.notes.append(f"{name} returned a plan that is not valid ({fault}): ignored")
+                continue
+            verdict = judge(self.problem, candidate)
+            if verdict.excess:
+                continue
+            better = verdict.objective < self.objective * (1 - TIE)
+            if better or (verdict.objective <= self.objective * (1 + TIE) and verdict.moved < self.moved * (1 - TIE)):
+                self.best, self.moved = candidate, verdict.moved
+                self.objective = min(self.objective, verdict.objective)
+                if better:
+                    self.name = name
+            improved |= better
+        return improved
+
+    def _dynamic(self, family: Family, name: str) -> bool:
+        """Run the dynamic program over a family; False if it was too large."""
+        problem = self.problem
+        limit = self.objective * (1 + TIE)
+        if problem.goal.kind == "latency":
+            limit = min(limit, problem.goal.limit * (1 + TIE))
+        try:
+            pairs = pairs_of(problem, self.classes, family, limit, MOST_PAIRS)
+        except TooMany:
+            return False
+        runs: list[tuple[Dynamic, bool]] = []
+        steps = free_steps(self.classes, min(problem.most_stages, max(1, problem.layers)))
+        work = sum(len(came) for step in steps for came in step.values()) * len(pairs.upper)
+        if problem.chunks == 1 and work <= MOST_WORK:
+            runs.append((Dynamic(pairs, steps), True))
+        else:
+            runs += [(Dynamic(pairs, fixed_steps(self._groups(a)), a), False) for a in self._likely()]
+        for dynamic, free in runs:
+            outcome = dynamic.run()
+            self.offer(outcome.placements, name)
+            if free:
+                self._note_fewer(outcome)
+                if not family.chain:
+                    self._raise_bound(min(outcome.bound, self.objective))
+                    self.proved = outcome.bound == inf and self.best is None
+                    self.short = min(self.short, outcome.short) if outcome.bound == inf else self.short
+                elif outcome.bound == inf and outcome.short > -inf:
+                    self.short = min(self.short, outcome.short)
+        return all(free for _, free in runs)
+
+    def _downsets(self, most: int) -> bool:
+        """The dynamic program over all downsets, if they are few enough."""
+        family = all_downsets(self.problem, most)
+        return family is not None and self._dynamic(family, "downsets")
+
+    def _note_fewer(self, outcome: Outcome) -> None:
+        loose = replace(self.problem, idle=True)
+        for devices, placement in outcome.fewer.items():
+            verdict = judge(loose, placement)
+            if not verdict.excess:
+                self.fewer[devices] = min(self.fewer.get(devices, inf), verdict.slowest)
+
+    def _raise_bound(self, bound: float) -> None:
+        if isfinite(bound):
+            self.bound = max(self.bound, bound)
+
+    def _groups(self, arrangement: Arrangement) -> list[tuple[int, ...]]:
+        members = self.classes.members
+        return [tuple(sum(device in devices for device in stage) for devices in members) for stage in arrangement]
+
+    def _likely(self) -> Iterator[Arrangement]:
+        """A few arrangements, where there are too many to try them all."""
+        yield from islice(arrangements(self.classes, empties=True), 8)
+
+    def _programs(self, names: list[str]) -> None:
+        """Integer programs, one for each arrangement of the devices."""
+        empties = self.problem.idle and not self.problem.positional
+        found = list(islice(arrangements(self.classes, empties), MOST_ARRANGEMENTS + 1))
+        complete = len(found) <= MOST_ARRANGEMENTS
+        if not complete:
+            self.notes.append(
+                f"integer programs were solved for {MOST_ARRANGEMENTS} orders of the devices only: there are more"
+            )
+            found.pop()
+        tasks = [Task(arrangement) for arrangement in found]
+        with Programs(self, names, empties) as programs:
+            for round in range(3):
+                # Unlike orders of devices take unlike time: a short turn each, then the easy ones first, so
+                # that the hard ones have what is left.
+                left = sorted((task for task in tasks if not task.done), key=lambda task: -task.bound)
+                for at, task in enumerate(left):
+                    share = self.left * (1.0 if at == len(left) - 1 else 0.6)
+                    programs.run(task, min(share, FIRST_TURN) if round == 0 and len(tasks) > 1 else share)
+                if round == 0 and not self.closed:
+                    programs.polish(time.perf_counter() + self.left * POLISH)
+        if not all(task.done for task in tasks) and not self.closed and programs.names:
+            self.notes.append("the time limit ended the search: this is the best plan found until then")
+        if complete and tasks:
+            lowest = min(task.bound for task in tasks)
+            self.proved = lowest == inf and self.best is None
+            self._raise_bound(min(lowest, self.objective))
+
+
+def floor(problem: Problem) -> float:
+    """A lower bound of the objective that needs no solver, in seconds: perfect balance or the largest layer."""
+    every = [problem.seconds(device) for device in range(len(problem.places))]
+    quickest = np.min(every, axis=0)
+    if problem.goal.kind == "latency":
+        return float(quickest.sum())
+    speeds = sum(relative_speed(problem, device) for device in range(len(problem.places)))
+    shared = sum(problem.cost) / speeds if isfinite(speeds) else 0.0
+    widest = len(problem.places) if problem.replicas else 1
+    return max(shared, float(quickest.max(initial=0.0)) / widest)
+
+
+__all__ = ["AGREE", "Solution", "SolverName", "floor", "solve"]

@@ -1,23 +1,37 @@
-"""Integer program solvers, through PuLP: HiGHS in this process, CBC as a command.
+"""Integer program solvers, HiGHS and CBC through PuLP, in a process that is killed if it overruns.
 
 Both are asked for one thread. The status names PuLP gives after a time limit are not trusted: an
-answer counts as a solution only once its assignment has been checked and evaluated again, and as a
-proof only through the bound the solver itself reports.
+answer counts as a solution only once its placement has been checked and evaluated again, and as a
+proof only through the bound the solver itself reports. A solver that dies, or is still busy a
+while after its time limit, is killed with all it started; the next request starts a new process.
 """
 
 from __future__ import annotations
 
-import math
-import re
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
+from types import TracebackType
 from typing import Any
 
-from pipecompile.passes.partition.ilp import TOP, Model
+from pipecompile.passes.partition.model import Model
 from pipecompile.passes.partition.problem import Assignment
+
+#: Solvers by name, in the order ``auto`` tries them.
+SOLVERS = ("highs", "cbc")
+
+#: Seconds a solver may take beyond its limit before it is killed: to start, and to notice.
+GRACE = 3.0
+
+#: The script that solves.
+ENGINE = Path(__file__).with_name("engine.py")
 
 
 class SolverFailed(Exception):
@@ -26,113 +40,129 @@ class SolverFailed(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """``values`` per column, or None if the solver found no solution; ``bound`` in model units."""
+    """``values`` per column, or None if the solver found no solution; ``bound`` in model units.
+
+    ``infeasible``: the solver says that there is none.
+    """
 
     values: list[float] | None
     bound: float
+    infeasible: bool = False
 
 
-def run_highs(model: Model, start: Assignment, seconds: float, gap: float) -> Answer:
-    """Solve with HiGHS, starting from ``start``.
+class Engine:
+    """A context in which models are solved by one process, started with the first and ended at exit."""
 
-    PuLP's wrapper has no warm start and its construction prints a banner, so only the model goes
-    through PuLP and the solver object is driven directly.
+    def __init__(self, command: list[str] | None = None) -> None:
+        self.command = command or [sys.executable, "-P", str(ENGINE)]
+        self.process: subprocess.Popen[bytes] | None = None
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
 
-    Raises:
-        SolverFailed: if the model is refused, or found infeasible though a solution is known.
-    """
-    import highspy
-    import pulp
+    def __enter__(self) -> Engine:
+        return self
 
-    program, columns = to_pulp(model)
-    base: Any = highspy.Highs.__base__  # the derived class prints a banner while it is made
-    engine = base()
-    engine.setOptionValue("output_flag", False)
-    engine.setOptionValue("threads", 1)
-    engine.setOptionValue("time_limit", float(seconds))
-    engine.setOptionValue("mip_rel_gap", float(gap))
-    program.solverModel = engine
-    builder: Any = pulp.getSolver("HiGHS", msg=False)
-    builder.buildSolverModel(program)
-    known = model.write(start)
-    engine.setSolution(len(known), [columns[i].index for i in known], list(known.values()))
-    engine.run()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.kill()
 
-    status = engine.getModelStatus()
-    if status not in (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kTimeLimit):
-        raise SolverFailed(f"HiGHS stopped: {engine.modelStatusToString(status)}")
-    info = engine.getInfo()
-    bound = float(info.mip_dual_bound)
-    feasible = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
-    found = engine.getSolution().col_value
-    # The columns that occur in no row and not in the objective were never handed over.
-    values = [found[index] if (index := getattr(c, "index", None)) is not None else 0.0 for c in columns]
-    return Answer(values if feasible else None, bound if math.isfinite(bound) else 0.0)
+    def solve(self, name: str, model: Model, start: Assignment | None, seconds: float, gap: float) -> Answer:
+        """Solve the model with the named solver, from layers at the positions ``start`` if given.
 
-
-def run_cbc(model: Model, start: Assignment, seconds: float, gap: float) -> Answer:
-    """Solve with CBC, installed or bundled with PuLP, in a temporary directory.
-
-    Raises:
-        SolverFailed: if there is no CBC, or it found a model infeasible that has a solution.
-    """
-    import pulp
-
-    program, columns = to_pulp(model)
-    for column, value in model.write(start).items():
-        columns[column].setInitialValue(value)
-    with tempfile.TemporaryDirectory(prefix="pipecompile-") as folder:
-        log = Path(folder) / "cbc.log"
-        options: dict[str, Any] = {
-            "msg": False,
-            "threads": 1,
-            "timeLimit": max(seconds, 0.01),
-            "gapRel": gap,
-            "warmStart": True,
-            "logPath": str(log),
+        Raises:
+            SolverFailed: if the solver is missing, dies, gives an error or has to be killed.
+        """
+        known = {} if start is None else model.write(start)
+        request = {
+            "solver": name,
+            "lower": model.lower,
+            "upper": model.upper,
+            "rows": [(row.terms, row.const) for row in model.rows],
+            "integer": list(model.choices.values()),
+            "start": known,
+            "seconds": seconds,
+            "gap": gap,
         }
-        engine: Any = pulp.getSolver("COIN_CMD", **options)
-        if not engine.available():
-            bundled = getattr(pulp, "PULP_CBC_CMD", None)
-            if bundled is None:
-                raise SolverFailed("CBC is not installed")
-            engine = pulp.getSolver("COIN_CMD", path=bundled.pulp_cbc_path, **options)
-        engine.tmpDir = folder
-        program.solve(engine)
-        told = re.search(r"^Lower bound:\s*(\S+)", log.read_text(), re.MULTILINE)
+        kind, values, bound = self._exchange(request, seconds)
+        if kind == "failed":
+            raise SolverFailed(values)
+        if kind == "infeasible":
+            return Answer(None, 0.0, infeasible=True)
+        return Answer(values, bound)
 
-    if program.sol_status == pulp.LpSolutionInfeasible:
-        raise SolverFailed("CBC stopped: infeasible")
-    values = [float(column.varValue or 0.0) for column in columns]
-    solved = program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
-    bound = model.lower[TOP]
-    if told is not None:
-        bound = float(told[1])
-    elif program.sol_status == pulp.LpSolutionOptimal:
-        bound = values[TOP]
-    return Answer(values if solved else None, bound)
+    def _exchange(self, request: dict[str, Any], seconds: float) -> tuple[str, Any, Any]:
+        deadline = time.monotonic() + seconds + GRACE
+        process = self._running()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert self.folder is not None
+        data = memoryview(pickle.dumps({**request, "folder": self.folder.name}))
+        received = bytearray()
+        sink, source = process.stdin.fileno(), process.stdout.fileno()
+        try:
+            while True:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise SolverFailed(f"still busy {GRACE:g} s after its limit of {seconds:.3g} s: killed")
+                ready, writable, _ = select.select([source], [sink] if data else [], [], left)
+                if writable:
+                    data = data[os.write(sink, data) :]
+                if ready:
+                    chunk = os.read(source, 1 << 20)
+                    if not chunk:
+                        raise SolverFailed(f"its process died ({_end(process)})")
+                    received += chunk
+                    if received.endswith(b"."):  # the last byte of every pickle, though not of it alone
+                        try:
+                            return pickle.loads(bytes(received))
+                        except (EOFError, pickle.UnpicklingError):
+                            continue
+        except BrokenPipeError:
+            raise SolverFailed(f"its process died ({_end(process)})") from None
+        except BaseException:
+            self.kill()
+            raise
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self.process is not None and self.process.poll() is None:
+            return self.process
+        self.kill()
+        self.folder = tempfile.TemporaryDirectory(prefix="pipecompile-")
+        try:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # so that it can be killed with whatever it started
+            )
+        except OSError as error:
+            raise SolverFailed(f"cannot be started: {error}") from None
+        assert self.process.stdin is not None
+        os.set_blocking(self.process.stdin.fileno(), False)
+        return self.process
+
+    def kill(self) -> None:
+        """End the process and all it started, and remove their files."""
+        process, self.process = self.process, None
+        if process is not None:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+        folder, self.folder = self.folder, None
+        if folder is not None:
+            folder.cleanup()
 
 
-def to_pulp(model: Model) -> tuple[Any, list[Any]]:
-    """The model as a PuLP problem, and its variables by column."""
-    import pulp
-
-    program = pulp.LpProblem("partition", pulp.LpMinimize)
-    integer = set(model.choices.values())
-    columns = [
-        program.add_variable(f"c{i}", low, high, pulp.LpInteger if i in integer else pulp.LpContinuous)
-        for i, (low, high) in enumerate(zip(model.lower, model.upper, strict=True))
-    ]
-    program.setObjective(pulp.LpAffineExpression({columns[TOP]: 1.0}))
-    for row in model.rows:
-        left = pulp.LpAffineExpression({columns[i]: coefficient for i, coefficient in row.terms.items()})
-        program.addConstraint(pulp.LpConstraint(left, sense=pulp.LpConstraintLE, rhs=-row.const))
-    return program, columns
+def _end(process: subprocess.Popen[bytes]) -> str:
+    try:
+        code = process.wait(timeout=1.0)
+    except subprocess.TimeoutExpired:
+        return "it closed its output"
+    return f"signal {-code}" if code < 0 else f"exit status {code}"
 
 
-Run = Callable[[Model, Assignment, float, float], Answer]
-
-#: Solvers by name, in the order ``auto`` tries them.
-SOLVERS: Mapping[str, Run] = MappingProxyType({"highs": run_highs, "cbc": run_cbc})
-
-__all__ = ["SOLVERS", "Answer", "Run", "SolverFailed", "run_cbc", "run_highs", "to_pulp"]
+__all__ = ["ENGINE", "GRACE", "SOLVERS", "Answer", "Engine", "SolverFailed"]

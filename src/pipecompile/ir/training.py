@@ -1,0 +1,119 @@
+"""What training adds to a compiled model: costs of a stage by kind of work, gradients, owners of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipecompile.ir.graph import TensorSpec
+from pipecompile.ir.package import Package
+from pipecompile.ir.program import Edge, Op, Program
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What of a model has gradients: values by name, and the weights that are trained with their layout."""
+
+    values: frozenset[str]
+    weights: Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class StepPackage:
+    """A model compiled for training: ``package`` describes one micro-batch, ``owned`` who updates which weight.
+
+    ``owned`` maps a stage to the placeholder names of the weights it updates; a weight used by
+    several stages belongs to the first. ``batched`` says which inputs are split along dimension 0.
+    """
+
+    package: Package
+    owned: Mapping[int, tuple[str, ...]]
+    batched: tuple[bool, ...]
+
+    @property
+    def micro_batches(self) -> int:
+        """How many micro-batches a step has."""
+        return self.package.program.micro_batches
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """One training step, as the caller asks for it. ``number`` counts steps, for random masks.
+
+    ``leaves`` and ``targets`` are per micro-batch: the model's flat inputs, and what the loss
+    gets. ``weights`` scale the loss of each. Without ``update`` gradients stay for the next step.
+    ``clip`` is the largest norm of all gradients together.
+    """
+
+    number: int
+    leaves: Sequence[Sequence[Any]]
+    targets: Sequence[Any]
+    weights: Sequence[float]
+    update: bool = True
+    clip: float | None = None
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Seconds a stage takes for one micro-batch, by kind of work, and the bytes it keeps for the backward.
+
+    ``backward`` is a whole backward at once; ``backward_input`` and ``backward_weight`` the two
+    halves of a split one, which together may take longer. ``update`` is once a step. ``kept`` is
+    the memory in bytes from F to W of one micro-batch.
+    """
+
+    forward: float
+    backward_input: float
+    backward_weight: float
+    backward: float
+    update: float = 0.0
+    kept: int = 0
+
+    def of(self, op: Op) -> float:
+        """The seconds of one instruction; messages cost what their link says."""
+        seconds = {
+            Op.FORWARD: self.forward,
+            Op.BACKWARD_INPUT: self.backward_input,
+            Op.BACKWARD_WEIGHT: self.backward_weight,
+            Op.BACKWARD: self.backward,
+            Op.STEP: self.update,
+        }
+        return seconds.get(op, 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data."""
+        return dict(vars(self))
+
+
+#: One tick for each of F, B and W: what the papers on schedules count in.
+UNIT = StageCost(1.0, 1.0, 1.0, 2.0)
+
+
+def chain_edges(program: Program) -> tuple[Edge, ...]:
+    """Edges that say what a compute-only program implies: each stage needs its neighbours; nothing travels."""
+    count = 1 + max((stage for device in program.devices for stage in device.stages), default=-1)
+    forward = [Edge(stage, stage + 1, (), (), 0, 0) for stage in range(count - 1)]
+    return (*forward, *(Edge(edge.target, edge.source, (), (), 0, 0) for edge in forward))
+
+
+def kept_at_once(program: Program, sizes: Sequence[float] | None = None) -> tuple[float, ...]:
+    """Per device the most that is kept at any time: activations of micro-batches between F and W.
+
+    ``sizes`` gives the weight of one micro-batch in each stage, 1 by default.
+    """
+    peaks: list[float] = []
+    for device in program.devices:
+        held = peak = 0.0
+        for step in device.warm_up:
+            size = 1.0 if sizes is None else sizes[step.stage]
+            if step.op is Op.FORWARD:
+                held += size
+            elif step.op in (Op.BACKWARD_WEIGHT, Op.BACKWARD):
+                held -= size
+            peak = max(peak, held)
+        peaks.append(peak)
+    return tuple(peaks)
+
+
+__all__ = ["UNIT", "Gradients", "StageCost", "StepPackage", "StepRequest", "chain_edges", "kept_at_once"]

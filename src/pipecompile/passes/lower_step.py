@@ -1,0 +1,195 @@
+"""Lower a training step: from what each device computes to gradients sent, weights reduced and updated."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pipecompile.errors import ProgramError
+from pipecompile.ir.graph import ModelGraph, TensorSpec
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import COMPUTE, HOST, DeviceProgram, Edge, Instruction, Op, Program
+from pipecompile.ir.training import Gradients
+from pipecompile.passes.layers import free_closure
+from pipecompile.passes.lower import crossings
+from pipecompile.simulate.step import step_ticks
+
+_FORWARD = frozenset({Op.FORWARD})
+_BACKWARD = frozenset({Op.BACKWARD, Op.BACKWARD_INPUT})
+_LAST = frozenset({Op.BACKWARD, Op.BACKWARD_WEIGHT})
+
+
+@dataclass(frozen=True)
+class LowerStep:
+    """Add edges, sends, receives, reductions and updates to a compute-only training step.
+
+    A ring slot is the stash: what a stage receives lies there until its weight gradients are
+    done, and the slot is posted again at that moment. A ring has ``ahead`` more slots than there
+    are messages at once, so that the next ones arrive while the receiver computes.
+    """
+
+    ahead: int = 1
+
+    def apply(self, graph: ModelGraph, plan: Plan, program: Program, gradients: Gradients) -> Program:
+        """The program with activations, gradients and tied weights as edges; each device ends in STEPs.
+
+        The model's outputs go to the last stage, which computes the loss. Values that
+        have gradients send them back along every edge that carries them. A stage that needs no
+        backward has its B and W removed.
+
+        Raises:
+            ProgramError: as :func:`pipecompile.passes.lower.crossings`.
+        """
+        forward = self._forward(graph, plan)
+        users = weight_users(graph, plan, gradients.weights)
+        learns = _learning(users, forward, gradients.values)
+        backward = [
+            Edge(e.target, e.source, values, tuple(_gradient(graph.values[v]) for v in values), 0, 0)
+            for e in forward
+            if e.source != HOST and (values := tuple(v for v in e.values if v in gradients.values))
+        ]
+        device_of = {stage: device.device for device in program.devices for stage in device.stages}
+        timeline = step_ticks(program)
+        ends = {Instruction(Op(e.activity), e.stage, e.sample): e.end for e in timeline.events if e.activity in COMPUTE}
+        edges = [self._sized(edge, program, device_of, ends) for edge in (*forward, *backward)]
+        edges += _tied(gradients.weights, users, device_of)
+        devices = (self._device(device, edges, learns, owners(users)) for device in program.devices)
+        return Program(tuple(devices), tuple(edges), program.schedule)
+
+    def _forward(self, graph: ModelGraph, plan: Plan) -> list[Edge]:
+        last = len(plan.stages) - 1
+        found: defaultdict[tuple[int, int], dict[str, None]] = defaultdict(dict)
+        for (source, target), values in crossings(graph, plan).items():
+            end = last if target == HOST else target
+            if source != end:
+                found[source, end].update(dict.fromkeys(values))
+        for ref in graph.outputs:
+            if ref.kind == "input":
+                found[HOST, last][ref.name] = None
+        edges = [
+            Edge(source, target, tuple(values), tuple(graph.values[v] for v in values), 0, 0)
+            for (source, target), values in found.items()
+            if values
+        ]
+        return sorted(edges, key=lambda edge: (edge.source, edge.target))
+
+    def _sized(self, edge: Edge, program: Program, device_of: dict[int, int], ends: dict[Instruction, float]) -> Edge:
+        """With enough slots that no sender waits when all work takes unit time; none within a device.
+
+        That schedule can then be carried out, so the program cannot deadlock at any other speed:
+        what a device waits for does not depend on time.
+        """
+        if device_of.get(edge.source) == device_of[edge.target]:
+            return edge
+        changes: list[tuple[float, int]] = []
+        for step, end in ends.items():
+            if step.op in (_BACKWARD if edge.backward else _FORWARD):
+                if step.stage == (edge.target if edge.source == HOST else edge.source):
+                    changes.append((end, 1))
+            if step.stage == edge.target and step.op in _LAST:
+                changes.append((end, -1))
+        held = peak = 0
+        for _, change in sorted(changes, key=lambda change: (change[0], -change[1])):
+            held += change
+            peak = max(peak, held)
+        slots = max(1, min(program.micro_batches, peak + self.ahead))
+        return replace(edge, ahead=min(self.ahead, slots - 1), slots=slots)
+
+    def _device(
+        self, device: DeviceProgram, edges: Sequence[Edge], learns: Collection[int], owned: dict[int, list[str]]
+    ) -> DeviceProgram:
+        if device.body or device.drain or any(step.op not in COMPUTE for step in device.warm_up):
+            raise ProgramError(f"device {device.device}: only a closed order of F, B, W and BW can be lowered")
+        into = [e for e in edges if e.target in device.stages and e.slots]
+        out = [e for e in edges if e.source in device.stages and e.slots]
+        count = 1 + max((step.sample for step in device.warm_up), default=-1)
+        steps = [Instruction(Op.RECV, e.target, i, e.name) for e in into for i in range(e.slots)]
+        for step in device.warm_up:
+            if step.op is not Op.FORWARD and step.stage not in learns:
+                continue
+            steps.append(step)
+            steps += [Instruction(Op.SEND, e.source, step.sample, e.name) for e in _sends(out, step)]
+            if step.op in _LAST or step.stage not in learns:
+                again = ((e, step.sample + e.slots) for e in into if e.target == step.stage and not e.kind)
+                steps += [Instruction(Op.RECV, e.target, i, e.name) for e, i in again if i < count]
+        steps += [Instruction(Op.SEND, e.source, 0, e.name) for e in out if e.kind]
+        steps += [Instruction(Op.REDUCE, e.target, 0, e.name) for e in into if e.kind]
+        steps += [Instruction(Op.STEP, stage, 0) for stage in device.stages if owned.get(stage)]
+        return DeviceProgram(device.device, device.stages, tuple(steps), ())
+
+
+def weight_users(graph: ModelGraph, plan: Plan, trained: Collection[str]) -> dict[str, list[int]]:
+    """Trained weight -> the stages that use it, in order; the first of them owns it."""
+    users: defaultdict[str, set[int]] = defaultdict(set)
+    for stage in plan.stages:
+        for layer in stage.layers:
+            for name in graph.layers[layer].state:
+                if name in trained:
+                    users[name].add(stage.index)
+    last = plan.stages[-1].index
+    nodes = {node.name: node for node in graph.graph.nodes}
+    for ref in graph.outputs:
+        names = [ref.name] if ref.kind == "state" else []
+        if ref.name in graph.free and ref.name in nodes:  # the last stage computes it from its weights
+            made = {nodes[ref.name], *free_closure([nodes[ref.name]], graph.free)}
+            names = [arg.name for node in made for arg in node.all_input_nodes]
+        for name in names:
+            if name in trained:
+                users[name].add(last)
+    return {name: sorted(users[name]) for name in (e.name for e in graph.state) if name in users}
+
+
+def owners(users: dict[str, list[int]]) -> dict[int, list[str]]:
+    """Stage -> the trained weights it updates."""
+    owned: defaultdict[int, list[str]] = defaultdict(list)
+    for name, stages in users.items():
+        owned[stages[0]].append(name)
+    return dict(owned)
+
+
+def _learning(users: dict[str, list[int]], forward: Iterable[Edge], differentiable: Collection[str]) -> set[int]:
+    """Stages with something to differentiate: trained weights, or inputs that have gradients."""
+    found = {stage for stages in users.values() for stage in stages}
+    found |= {e.target for e in forward if e.source != HOST and any(v in differentiable for v in e.values)}
+    return found
+
+
+def _sends(out: Sequence[Edge], step: Instruction) -> list[Edge]:
+    """What follows a computation, the neighbour first."""
+    kinds = {Op.FORWARD: False, Op.BACKWARD: True, Op.BACKWARD_INPUT: True}
+    found = [
+        e for e in out if e.source == step.stage and not e.kind and step.op in kinds and e.backward is kinds[step.op]
+    ]
+    return sorted(found, key=lambda e: abs(e.target - e.source))
+
+
+def _tied(weights: Mapping[str, TensorSpec], users: dict[str, list[int]], device_of: dict[int, int]) -> list[Edge]:
+    """One edge from each further device that uses a weight to the stage that owns it."""
+    found: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
+    for name, stages in users.items():
+        first: dict[int, int] = {}
+        for stage in stages:
+            first.setdefault(device_of[stage], stage)
+        for device, stage in first.items():
+            if device != device_of[stages[0]]:
+                found[stage, stages[0]].append(name)
+    return [
+        Edge(source, target, tuple(names), tuple(_gradient(weights[n]) for n in names), 0, 1, "tied")
+        for (source, target), names in found.items()
+    ]
+
+
+def _gradient(spec: TensorSpec) -> TensorSpec:
+    """The layout in which a gradient travels: that of its value where it is dense, else contiguous."""
+    if spec.dynamic:
+        return spec
+    stride, step = list[int](), 1
+    for size in reversed(spec.shape):
+        stride.insert(0, step)
+        step *= max(size, 1)
+    dense = spec.extent == step and len(set(spec.stride)) == len(spec.stride)
+    return replace(spec, skew=0, stride=spec.stride if dense else tuple(stride))
+
+
+__all__ = ["LowerStep", "owners", "weight_users"]

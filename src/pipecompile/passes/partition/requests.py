@@ -1,0 +1,101 @@
+"""What users ask for by name (pins, layers to keep together, memory), in terms of a problem."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from pipecompile.errors import PlanError
+from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.cluster_file import parse_bytes
+from pipecompile.ir.graph import ModelGraph
+
+#: Bytes, or text such as "2 GiB".
+Size = float | str
+
+
+def find_layers(graph: ModelGraph, pattern: str) -> list[int]:
+    """Indices of the layers a pattern means: by layer name, by module path, or all inside a module.
+
+    ``*`` and ``?`` match as in file names; ``"encoder"`` and ``"encoder.*"`` both mean the whole module.
+
+    Raises:
+        PlanError: if it matches none, with the nearest name.
+    """
+    found = [
+        index
+        for index, layer in enumerate(graph.layers)
+        if any(fnmatch.fnmatchcase(name, p) for name in (layer.name, layer.module) for p in (pattern, f"{pattern}.*"))
+    ]
+    if not found:
+        known = dict.fromkeys(name for layer in graph.layers for name in (layer.name, layer.module) if name)
+        near = difflib.get_close_matches(pattern, known, 1, 0.3)
+        hint = f"; the nearest is {near[0]!r}" if near else f"; there are {', '.join(list(known)[:5])} and so on"
+        raise PlanError(f"no layer matches {pattern!r}{hint}")
+    return found
+
+
+def find_device(cluster: Cluster, name: str, used: int) -> int:
+    """Index of a device by name.
+
+    Raises:
+        PlanError: if the cluster has none of this name, or it is not among the first ``used``.
+    """
+    names = [device.name for device in cluster.devices]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1, 0.3)
+        hint = f"the nearest is {near[0]!r}" if near else f"there are {', '.join(names)}"
+        raise PlanError(f"no device {name!r} to pin to: {hint}")
+    index = names.index(name)
+    if index >= used:
+        raise PlanError(f"device {name!r} is pinned to, but the plan uses only {', '.join(names[:used])}")
+    return index
+
+
+def pins(
+    graph: ModelGraph, cluster: Cluster, pin: Mapping[str, str | Sequence[str]], used: int
+) -> dict[int, frozenset[int]]:
+    """Devices each pinned layer may run on; several patterns on one layer must agree.
+
+    Raises:
+        PlanError: if a name is unknown, or two pins of a layer contradict each other.
+    """
+    allowed: dict[int, frozenset[int]] = {}
+    said: dict[int, str] = {}
+    for pattern, wanted in pin.items():
+        names = [wanted] if isinstance(wanted, str) else list(wanted)
+        devices = frozenset(find_device(cluster, name, used) for name in names)
+        for layer in find_layers(graph, pattern):
+            both = allowed.get(layer, devices) & devices
+            if not both:
+                raise PlanError(
+                    f"contradictory pins: layer {graph.layers[layer].name!r} is pinned by {said[layer]!r} "
+                    f"and, to other devices, by {pattern!r}"
+                )
+            allowed[layer], said[layer] = both, pattern
+    return allowed
+
+
+def with_memory(cluster: Cluster, memory: Size | Mapping[str, Size] | None) -> Cluster:
+    """The cluster with the memory of all its devices, or of those named, limited.
+
+    Raises:
+        PlanError: if a device is unknown or an amount is no size.
+    """
+    if memory is None:
+        return cluster
+    if not isinstance(memory, Mapping):
+        memory = {device.name: memory for device in cluster.devices}
+    sizes: dict[int, float] = {}
+    for name, amount in memory.items():
+        try:
+            sizes[find_device(cluster, name, len(cluster.devices))] = parse_bytes(amount)
+        except ValueError as error:
+            raise PlanError(f"memory of {name!r}: {error}") from None
+    devices = tuple(replace(device, memory=sizes.get(i, device.memory)) for i, device in enumerate(cluster.devices))
+    return replace(cluster, devices=devices)
+
+
+__all__ = ["Size", "find_device", "find_layers", "pins", "with_memory"]

@@ -1,0 +1,115 @@
+"""Trace for training: the model in train mode, with what has gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from pipecompile.errors import TraceError
+from pipecompile.ir.graph import TensorSpec
+from pipecompile.ir.training import Gradients
+from pipecompile.ir.tree import flatten
+from pipecompile.passes import clean
+from pipecompile.passes.capture import Capture, capture
+from pipecompile.passes.check import compare_with_eager, exact, run_once
+from pipecompile.passes.check_step import compare_gradients
+from pipecompile.passes.observe import Observation, copies, observe
+from pipecompile.passes.trace import Trace, Traced
+
+
+@dataclass(frozen=True)
+class TraceStep(Trace):
+    """Capture a model in train mode.
+
+    A model that is in train mode keeps the modes of its submodules (a frozen BatchNorm in eval
+    mode stays so); one in eval mode is put into train mode as a whole.
+    """
+
+    def trace(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Traced, Gradients]:
+        """Trace one micro-batch; the model's mode, buffers, gradients and random state stay as they are.
+
+        Raises:
+            TraceError: if the model cannot be captured, the graph or its gradients differ from
+                eager, or nothing in it can be trained.
+        """
+        modes = {module: module.training for module in model.modules()}
+        if not model.training:
+            model.train()
+        try:
+            run_once(model, args, kwargs)
+            try:
+                found = self._attempt(model, args, kwargs, as_eager=True)
+            except TraceError as error:
+                try:
+                    found = self._attempt(model, args, kwargs, as_eager=False)
+                except TraceError:
+                    raise error from error.__cause__
+            leaves, _ = flatten((tuple(args), dict(kwargs)))
+            gradients = _gradients(found, leaves)
+            compare_gradients(model, found.module, found.tensors, args, kwargs)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        return replace(found, graph=replace(found.graph, mode="train")), gradients
+
+    def _attempt(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, as_eager: bool) -> Traced:
+        with exact(model):
+            found = capture(model, args, kwargs, self.dynamic_shapes, as_eager=as_eager, gradients=True)
+            leaves, _ = flatten((tuple(args), dict(kwargs)))
+            seen = _prepare(found, leaves)
+        compare_with_eager(model, found.module, found.tensors, args, kwargs)
+        return Traced(self._graph(model, found, seen), found.tensors, found.module, found.parameters)
+
+
+def _prepare(found: Capture, leaves: list[Any]) -> Observation:
+    inputs = copies(leaves)
+    clean.remove_no_ops(found.module, training=True)
+    seen = observe(found.module, found.tensors, inputs)
+    for rewrite in (clean.copy_mutated_inputs, clean.copy_mutated_outputs, clean.functionalise):
+        if rewrite(found.module.graph, seen):
+            found.module.recompile()
+            seen = observe(found.module, found.tensors, inputs)
+    return seen
+
+
+def _gradients(found: Traced, leaves: list[Any]) -> Gradients:
+    """Run the graph once with gradients, and note which values have them."""
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        watcher = _Watcher(found.module)
+        watcher.run(*copies(found.tensors.values()), *(_plain(leaf) for leaf in copies(leaves)))
+    weights = {
+        entry.name: TensorSpec.of(found.tensors[entry.name])
+        for entry in found.graph.state
+        if entry.kind == "parameter" and entry.requires_grad
+    }
+    outputs = {ref.name for ref in found.graph.outputs}
+    if not weights or not outputs & (watcher.values | set(weights)):
+        raise TraceError(
+            f"{found.graph.name} has nothing to train: no result depends on a parameter that requires gradients"
+        )
+    return Gradients(frozenset(watcher.values), weights)
+
+
+def _plain(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+class _Watcher(fx.Interpreter):
+    """Notes the nodes whose value requires gradients."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: set[str] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "call_function" and isinstance(result, torch.Tensor) and result.requires_grad:
+            self.values.add(n.name)
+        return result
+
+
+__all__ = ["TraceStep"]

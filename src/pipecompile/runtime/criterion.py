@@ -1,0 +1,44 @@
+"""The loss of one micro-batch, in the last stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from pipecompile.errors import InputError
+from pipecompile.ir.tree import Tree, unflatten
+
+
+class Criterion:
+    """Calls ``loss_fn(result, target)`` with the model's own result and the target of a micro-batch.
+
+    ``targets`` and ``weights`` are those of the step under way, per micro-batch.
+    """
+
+    def __init__(self, loss_fn: Callable[[Any, Any], Any], out_tree: Tree) -> None:
+        self._loss_fn, self._tree = loss_fn, out_tree
+        self.targets: Sequence[Any] = ()
+        self.weights: Sequence[float] = ()
+
+    def __call__(self, micro_batch: int, outputs: Sequence[Any]) -> torch.Tensor:
+        """The weighted loss, a tensor of no dimension.
+
+        Raises:
+            InputError: if the loss is no scalar tensor, or has no gradient.
+        """
+        weight = self.weights[micro_batch]
+        if weight == 0.0:
+            # A mean over nothing (every target ignored) is NaN, and so would be its gradients.
+            return sum((o * 0.0).sum() for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad)  # type: ignore[return-value]
+        loss = self._loss_fn(unflatten(self._tree, list(outputs)), self.targets[micro_batch])
+        if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise InputError(f"loss_fn returned {got}: it must return a scalar tensor (reduce it with mean or sum)")
+        if not loss.requires_grad:
+            raise InputError("the loss depends on nothing that has gradients: loss_fn must use the model's result")
+        return loss if weight == 1.0 else loss * weight
+
+
+__all__ = ["Criterion"]

@@ -1,0 +1,156 @@
+"""What a generated training step asks of the runtime: its link, and the generator that drives it."""
+
+from __future__ import annotations
+
+import linecache
+import re
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from pipecompile.errors import StepError
+from pipecompile.ir.link import Port
+from pipecompile.runtime.channels.ring import RingReceiver, RingSender
+
+_STAGE = re.compile(r"(?:stage|forward|backward|backward_input|backward_weight)_(\d+)")
+_MASK = (1 << 64) - 1
+
+
+def mask_seed(seed: int, step: int, micro_batch: int, op: int) -> int:
+    """Seed of one random operator: the same whatever the schedule, the stages or the process.
+
+    Three rounds of SplitMix64 (Steele, Lea and Flood 2014), each fed the next of step,
+    micro-batch and the operator's number among the random ones of the model.
+    """
+    state = seed & _MASK
+    for part in (step, micro_batch, op):
+        state = (state ^ part) + 0x9E3779B97F4A7C15 & _MASK
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+class Sums:
+    """Gradients of a device's weights, summed over micro-batches; None where there was none yet."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, torch.Tensor] = {}
+        self._shapes: dict[str, torch.Tensor] = {}
+
+    def know(self, name: str, weight: torch.Tensor) -> None:
+        """Say which weight a name means."""
+        self._shapes[name] = weight
+
+    def add(self, name: str, gradient: torch.Tensor | None) -> None:
+        """Add one micro-batch. Never in place: the first may be a view of something still needed."""
+        if gradient is not None:
+            total = self.values.get(name)
+            self.values[name] = gradient if total is None else total + gradient
+
+    def take(self, name: str) -> torch.Tensor:
+        """Give the sum away (zero if there is none) and begin anew."""
+        total = self.values.pop(name, None)
+        return torch.zeros_like(self._shapes[name]) if total is None else total.to_dense()
+
+
+class Updates(Protocol):
+    """The optimizers of a device, by stage."""
+
+    def norm(self, sums: Sums) -> Port:
+        """A port that is ready once the norm over all devices is known."""
+        ...
+
+    def update(self, stage: int, sums: Sums) -> None:
+        """Update the weights a stage owns, and forget their gradients."""
+        ...
+
+
+class StepLink:
+    """The ``link`` of a generated training step: one device's tensors, ports, sums and updates.
+
+    ``number`` counts steps over the whole training, ``losses`` receives the value of each micro-batch, weighted.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        ports: Sequence[RingReceiver | RingSender],
+        updates: Updates,
+        seed: int,
+    ) -> None:
+        self._tensors, self._updates, self._seed = tensors, updates, seed
+        self._receivers = {port.edge: port for port in ports if isinstance(port, RingReceiver)}
+        self._senders = {port.edge: port for port in ports if isinstance(port, RingSender)}
+        self.sums = Sums()
+        self.number = 0
+        self.losses: list[torch.Tensor] = []
+        self.criterion: Callable[[int, Sequence[Any]], torch.Tensor] | None = None
+
+    def tensors(self, names: Sequence[str]) -> tuple[torch.Tensor, ...]:
+        """Parameters, buffers and constants by placeholder name."""
+        found = tuple(self._tensors[name] for name in names)
+        for name, tensor in zip(names, found, strict=True):
+            self.sums.know(name, tensor)
+        return found
+
+    def receiver(self, edge: str) -> RingReceiver:
+        """The receiving end of the named edge."""
+        return self._receivers[edge]
+
+    def sender(self, edge: str) -> RingSender:
+        """The sending end of the named edge."""
+        return self._senders[edge]
+
+    def draw(self, micro_batch: int) -> Callable[[int], None]:
+        """What seeds the random operators of a micro-batch, by number."""
+        seed, step, manual_seed = self._seed, self.number, torch.default_generator.manual_seed
+
+        def draw(op: int) -> None:
+            manual_seed(mask_seed(seed, step, micro_batch, op))
+
+        return draw
+
+    def loss(self, micro_batch: int) -> Callable[..., torch.Tensor]:
+        """The loss of a micro-batch as a function of the model's results, weighted by its size."""
+        criterion = self.criterion
+        assert criterion is not None, "the device with the last stage is given the loss"
+
+        def loss_of(*outputs: Any) -> torch.Tensor:
+            value = criterion(micro_batch, outputs)
+            self.losses.append(value.detach())
+            return value
+
+        return loss_of
+
+    def norm(self) -> Port:
+        """See :class:`Updates`."""
+        return self._updates.norm(self.sums)
+
+    def update(self, stage: int) -> None:
+        """See :class:`Updates`."""
+        self._updates.update(stage, self.sums)
+
+
+def step_error(error: BaseException, filename: str, device: int, stages: Sequence[int], done: str = "") -> StepError:
+    """The exception of a device module in the model's own terms: stage, layer and generated line."""
+    stage, layer, line = (stages[0] if stages else -1), "", filename
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == filename:
+            found = _STAGE.fullmatch(frame.f_code.co_name)
+            stage = int(found[1]) if found else stage
+            first = frame.f_code.co_firstlineno
+            above = (linecache.getline(filename, i).strip() for i in range(number, first, -1))
+            layer = next((text.lstrip("# ") for text in above if text.startswith("#")), layer)
+            line = f"{filename}:{number}: {linecache.getline(filename, number).strip()}"
+    where = f" in {layer}" if layer else ""
+    trace = "".join(traceback.format_exception(error))
+    return StepError(
+        f"stage {stage} on device {device} raised {type(error).__name__}{where}{done}: {error}\n  at {line}\n\n"
+        f"Traceback on the device:\n{trace}"
+    )
+
+
+__all__ = ["StepLink", "Sums", "Updates", "mask_seed", "step_error"]

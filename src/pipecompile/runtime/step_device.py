@@ -1,0 +1,158 @@
+"""One device of a training pipeline inside its worker process."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipecompile.ir.cluster import Link
+from pipecompile.ir.link import Port
+from pipecompile.ir.package import DeviceModule
+from pipecompile.ir.program import Edge
+from pipecompile.ir.tree import Tree
+from pipecompile.runtime import numerics, pickled
+from pipecompile.runtime.arena import open_state
+from pipecompile.runtime.channels.link import ports_of
+from pipecompile.runtime.channels.ring import RingLayout, RingReceiver, RingSender, clock
+from pipecompile.runtime.channels.shared_memory import SharedEdge, attach
+from pipecompile.runtime.criterion import Criterion
+from pipecompile.runtime.module import execute
+from pipecompile.runtime.records import Records
+from pipecompile.runtime.step import StepLink, step_error
+from pipecompile.runtime.update import DeviceUpdates, OptimizerFactory
+
+
+@dataclass(frozen=True)
+class Boot:
+    """All a worker needs to know. Descriptors are open in the worker under the same numbers."""
+
+    module: DeviceModule
+    edges: tuple[Edge, ...]
+    fds: dict[str, tuple[int, int, int]]
+    sizes: dict[str, int]
+    throttle: dict[str, Link]
+    records: int
+    arenas: tuple[int, ...]
+    state: list[dict[str, Any]]
+    owned: dict[int, tuple[str, ...]]
+    optimizer: OptimizerFactory
+    loss_fn: Callable[[Any, Any], Any] | None
+    out_tree: Tree
+    seed: int
+    keep_gradients: bool
+    threads: int
+    numerics: dict[str, Any]
+    imports: tuple[str, ...]
+
+
+class StepDevice:
+    """Answers the commands of the trainer; see :class:`pipecompile.runtime.process_step.ProcessTrainer`."""
+
+    def __init__(self, boot: Boot, commands: socket.socket) -> None:
+        torch.set_num_threads(boot.threads)
+        torch.set_num_interop_threads(1)
+        torch.backends.mha.set_fastpath_enabled(False)
+        numerics.restore(boot.numerics)
+        torch.set_grad_enabled(False)  # the stages enable it where they record
+        for name in boot.imports:
+            importlib.import_module(name)
+        self._boot, self._module = boot, boot.module
+        tensors = dict(zip(boot.module.state, open_state(boot.arenas, boot.state), strict=True))
+        ports = list[RingReceiver | RingSender]()
+        for index, port in enumerate(ports_of(boot.edges, boot.module.stages)):
+            shared = SharedEdge(RingLayout.of(port.edge, boot.sizes), *boot.fds[port.edge.name])
+            throttle = boot.throttle.get(port.edge.name)
+            ports.append(shared.receiver(index, throttle) if port.receives else shared.sender(index))
+        self._records = Records(attach(boot.records), len(ports) + 1)
+        self._updates = DeviceUpdates(
+            boot.module.device, boot.owned, tensors, boot.optimizer, _SocketBoard(commands, len(ports))
+        )
+        self._updates.keep = boot.keep_gradients
+        self._link = StepLink(tensors, ports, self._updates, boot.seed)
+        self._criterion = None if boot.loss_fn is None else Criterion(boot.loss_fn, boot.out_tree)
+        self._link.criterion = self._criterion
+        self._step = execute(boot.module.source, boot.module.filename)["step"]
+        for fd in (*boot.arenas, boot.records, *(fds[0] for fds in boot.fds.values())):
+            os.close(fd)
+
+    def answer(self, message: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Carry out one command; what goes wrong is part of the answer."""
+        kind, *arguments = message
+        try:
+            return ("done", getattr(self, f"_do_{kind}")(*arguments))
+        except Exception as error:
+            where = f" in step {self._link.number}" if kind == "step" else ""
+            module = self._module
+            return ("error", str(step_error(error, module.filename, module.device, module.stages, where)))
+
+    def _do_step(
+        self, done: int, number: int, update: bool, clip: float | None, targets: Any, weights: list[float]
+    ) -> list[tuple[float, str]]:
+        self._link.number, self._link.losses = number, []
+        self._updates.begin(update, clip)
+        if self._criterion is not None:
+            self._criterion.targets = pickled.unpacked(targets)
+            self._criterion.weights = weights
+        self._drive(self._step(self._link, done))
+        return [(loss.item(), str(loss.dtype).removeprefix("torch.")) for loss in self._link.losses]
+
+    def _drive(self, steps: Any) -> None:
+        records = self._records
+        count, log, capacity, resume = records.count, records.log, records.capacity, steps.send
+        number = int(count[0])
+        try:
+            port = next(steps)
+            while True:
+                at = (number % capacity) * 4
+                number += 1
+                log[at], log[at + 1], log[at + 3] = port.index, port.sample, 0.0
+                log[at + 2] = clock()
+                count[0] = number
+                value = port.take()
+                log[at + 3] = clock()
+                port = resume(value)
+        except StopIteration:
+            return
+
+    def _do_gradients(self) -> Any:
+        return pickled.packed(self._updates.latest)
+
+    def _do_state(self) -> Any:
+        return pickled.packed(self._updates.state()), self._updates.groups()
+
+    def _do_load(self, state: Any, settings: dict[str, Any]) -> None:
+        self._updates.load(pickled.unpacked(state), settings)
+
+    def _do_set(self, settings: dict[str, Any]) -> None:
+        self._updates.set(settings)
+
+
+class _SocketBoard:
+    """A board whose sums are made by the trainer: one message there, one back."""
+
+    def __init__(self, commands: socket.socket, index: int) -> None:
+        self._commands, self.index, self.sample = commands, index, 0
+
+    def offer(self, device: int, squares: float) -> Port:
+        """See ``Board``."""
+        pickled.send(self._commands, ("norm", squares))
+        return self
+
+    def ready(self) -> bool:
+        """Nobody asks: a worker blocks in :meth:`take`."""
+        return False
+
+    def take(self) -> float:
+        """The sum over all devices, from the trainer."""
+        kind, total = pickled.receive(self._commands)
+        assert kind == "norm"
+        return float(total)
+
+
+__all__ = ["Boot", "StepDevice"]

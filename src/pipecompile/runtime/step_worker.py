@@ -1,0 +1,74 @@
+"""The process of one device in training: ``python -P -m pipecompile.runtime.step_worker``.
+
+It answers commands, one at a time: a training step, the state of its optimizers, new settings. It
+ends when its caller closes the control socket or is gone, also while it waits for another device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from typing import Any, NoReturn
+
+
+def main() -> NoReturn:
+    """Read the boot message, then serve commands until told to leave."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides what an interrupt means
+    parser = argparse.ArgumentParser()
+    for name in ("control", "commands", "parent", "core"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    options = parser.parse_args()
+    control, commands = socket.socket(fileno=options.control), socket.socket(fileno=options.commands)
+    threading.Thread(target=_watch, args=(control, options.parent), daemon=True).start()
+    if options.core >= 0:  # before torch counts the processors it may use
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, {options.core})
+    from pipecompile.runtime import pickled
+
+    try:
+        from pipecompile.runtime.step_device import StepDevice
+
+        device = StepDevice(pickled.receive(commands), commands)
+    except EOFError:
+        os._exit(0)
+    except BaseException as error:
+        _leave(commands, f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")
+    pickled.send(commands, ("ready",))
+    while True:
+        try:
+            message = pickled.receive(commands)
+        except EOFError:
+            os._exit(0)
+        answer: Any = device.answer(message)
+        pickled.send(commands, answer)
+
+
+def _watch(control: socket.socket, parent: int) -> None:
+    """Leave at once when the control socket closes or the parent's process is gone."""
+    poller = select.poll()
+    poller.register(control, select.POLLIN)
+    with contextlib.suppress(OSError):
+        poller.register(os.pidfd_open(parent), select.POLLIN)
+    if os.getppid() == parent:
+        poller.poll()
+    os._exit(0)
+
+
+def _leave(commands: socket.socket, text: str) -> NoReturn:
+    from pipecompile.runtime import pickled
+
+    with contextlib.suppress(OSError):
+        pickled.send(commands, ("startup", text))
+    sys.stderr.flush()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Updates of a device: one torch optimizer a stage, over the weights the stage owns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from pipecompile.ir.link import Port
+from pipecompile.runtime.step import Sums
+
+#: What a user gives: ``functools.partial(torch.optim.SGD, lr=0.1)``, called with a list of parameters.
+OptimizerFactory = Callable[[list[Any]], torch.optim.Optimizer]
+
+
+class Board(Protocol):
+    """Where devices add up the squares of their gradients."""
+
+    def offer(self, device: int, squares: float) -> Port:
+        """Give one's own; the port yields the sum over all devices that update anything."""
+        ...
+
+
+class _Ready:
+    """A port nobody has to wait for. ``index`` and ``sample`` are for the records of a worker."""
+
+    index, sample = -1, -1
+
+    def ready(self) -> bool:
+        """Always."""
+        return True
+
+    def take(self) -> None:
+        """Nothing."""
+
+
+class _Norm:
+    """Waits for the sum of squares, and makes a scale of it."""
+
+    def __init__(self, port: Port, clip: float, use: Callable[[float], None]) -> None:
+        self._port, self._clip, self._use = port, clip, use
+        self.index, self.sample = -1, -1
+
+    def ready(self) -> bool:
+        """Whether all devices have offered theirs."""
+        return self._port.ready()
+
+    def take(self) -> None:
+        """As ``torch.nn.utils.clip_grad_norm_`` does: scale by max_norm / (norm + 1e-6) where that is below 1."""
+        norm = self._port.take() ** 0.5
+        self._use(min(1.0, self._clip / (norm + 1e-6)))
+
+
+class DeviceUpdates:
+    """Implements :class:`pipecompile.runtime.step.Updates` for one device.
+
+    ``apply`` and ``clip`` are those of the step under way; ``scale`` follows from the norm.
+    """
+
+    def __init__(
+        self,
+        device: int,
+        owned: Mapping[int, Sequence[str]],
+        tensors: Mapping[str, torch.Tensor],
+        factory: OptimizerFactory,
+        board: Board,
+    ) -> None:
+        self._device, self._tensors, self._board = device, tensors, board
+        self.owned = {stage: tuple(names) for stage, names in owned.items() if names}
+        self.optimizers = {stage: factory([tensors[name] for name in names]) for stage, names in self.owned.items()}
+        self.apply, self.clip, self.scale = True, None, 1.0
+        self.keep, self.latest = False, dict[str, torch.Tensor]()
+
+    def begin(self, apply: bool, clip: float | None) -> None:
+        """Say what the step under way wants."""
+        self.apply, self.clip, self.scale = apply, clip, 1.0
+
+    def norm(self, sums: Sums) -> Port:
+        """See ``Updates``. Nothing to wait for unless gradients are clipped now."""
+        if not self.apply or self.clip is None:
+            return _Ready()
+        own = [sums.values[n] for names in self.owned.values() for n in names if n in sums.values]
+        squares = sum((float(g.to_dense().double().pow(2).sum()) for g in own), 0.0)
+        return _Norm(self._board.offer(self._device, squares), self.clip, self._rescale)
+
+    def _rescale(self, scale: float) -> None:
+        self.scale = scale
+
+    def update(self, stage: int, sums: Sums) -> None:
+        """See ``Updates``."""
+        if not self.apply:
+            return
+        names = self.owned[stage]
+        for name in names:
+            gradient = sums.values.pop(name, None)
+            if gradient is not None and self.scale != 1.0:
+                gradient = gradient * self.scale
+            self._tensors[name].grad = gradient
+            if self.keep and gradient is not None:
+                self.latest[name] = gradient
+        self.optimizers[stage].step()
+        for name in names:
+            self._tensors[name].grad = None
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """Placeholder name -> the optimizer's state of that weight."""
+        found: dict[str, dict[str, Any]] = {}
+        for stage, names in self.owned.items():
+            packed = self.optimizers[stage].state_dict()["state"]
+            found.update({name: packed[i] for i, name in enumerate(names) if i in packed})
+        return found
+
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """Placeholder name -> the settings of its parameter group (learning rate and so on)."""
+        found: dict[str, dict[str, Any]] = {}
+        for stage, names in self.owned.items():
+            for group in self.optimizers[stage].state_dict()["param_groups"]:
+                settings = {key: value for key, value in group.items() if key != "params"}
+                found.update({names[i]: settings for i in group["params"]})
+        return found
+
+    def load(self, state: Mapping[str, dict[str, Any]], settings: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state` gave, and the settings of all groups."""
+        for stage, names in self.owned.items():
+            packed = self.optimizers[stage].state_dict()
+            packed["state"] = {i: state[name] for i, name in enumerate(names) if name in state}
+            for group in packed["param_groups"]:
+                group.update(settings)
+            self.optimizers[stage].load_state_dict(packed)
+
+    def set(self, settings: Mapping[str, Any]) -> None:
+        """Change settings of all groups, such as the learning rate."""
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group.update(settings)
+
+
+class LocalBoard:
+    """A board within one process."""
+
+    def __init__(self, devices: Iterable[int]) -> None:
+        self._devices = frozenset(devices)
+        self._given: dict[int, float] = {}
+
+    def reset(self) -> None:
+        """Before a step."""
+        self._given.clear()
+
+    def offer(self, device: int, squares: float) -> Port:
+        """See ``Board``."""
+        self._given[device] = squares
+        return self
+
+    def ready(self) -> bool:
+        """Whether all have given theirs."""
+        return len(self._given) == len(self._devices)
+
+    def take(self) -> float:
+        """The sum, in the order of the devices."""
+        return sum(self._given[device] for device in sorted(self._given))
+
+
+__all__ = ["Board", "DeviceUpdates", "LocalBoard", "OptimizerFactory"]
