@@ -24,7 +24,7 @@ _RESERVED = frozenset({"aten", "count", "link", "math", "operator", "torch", "sa
 
 #: What generated training steps use besides.
 _RESERVED_IN_STEPS = frozenset(
-    "base draw edge_of edges filled grad kept loss loss_of made number passed pending state sums trained".split()
+    "base draw edge_of edges filled grad held kept loss loss_of made number passed pending state sums trained".split()
 )
 
 
