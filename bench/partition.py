@@ -217,6 +217,49 @@ def transformer(layers: int, devices: int = 8) -> Problem:
     return Problem(tuple(cost), edges, tuple(values), (Place(),) * devices)
 
 
+def merged_rows(data: Path) -> Iterator[Row]:
+    """Planned as they are, and merged to about a hundred groups first."""
+    graphs = {"cells of branches": cells(56), "transformer": transformer(500)}
+    for name in ("nasnetamobile", "nasnetalarge", "densenet121"):
+        path = data / "pipedream-profiles" / f"image_classification__{name}.graph.txt"
+        if path.exists():
+            graphs[name] = pipedream(path, 8)
+    for name, problem in graphs.items():
+        whole, quick = solve(problem, 20.0, gap=1e-3), solve(problem, 2.0, gap=1e-3, coarsen=100)
+        yield (
+            name,
+            str(problem.layers),
+            f"{whole.objective:.4g}",
+            proof(whole),
+            f"{whole.seconds:.2f}",
+            ratio(quick.objective, whole.objective),
+            f"{quick.seconds:.2f}",
+            f"{whole.seconds / quick.seconds:.1f}",
+        )
+
+
+def cells(count: int, branches: int = 4, devices: int = 8) -> Problem:
+    """Cells of parallel branches, each reading the two cells before it, as found by architecture search."""
+    rng, cost, readers = random.Random(0), [1.0], dict[int, set[int]]()
+    ends = [0, 0]
+    for _ in range(count):
+        outs: list[int] = []
+        for _ in range(branches):
+            last = rng.choice(ends)
+            for _ in range(rng.randint(1, 3)):
+                readers.setdefault(last, set()).add(len(cost))
+                last = len(cost)
+                cost.append(rng.expovariate(1.0))
+            outs.append(last)
+        for out in outs:
+            readers.setdefault(out, set()).add(len(cost))
+        ends = [ends[1], len(cost)]
+        cost.append(rng.random() * 0.1)
+    values = [Value(u, tuple(sorted(vs)), rng.random() * 0.2) for u, vs in readers.items()]
+    edges = tuple(sorted((u, v) for u, vs in readers.items() for v in vs))
+    return Problem(tuple(cost), edges, tuple(values), (Place(),) * devices, Link(0.0, 1.0))
+
+
 def show(console: Console, title: str, heads: Row, rows: Iterator[Row], markdown: bool) -> None:
     if markdown:
         print(f"\n{title}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
@@ -234,7 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the workloads")
     parser.add_argument("--only", default="", help="names that contain this")
-    parser.add_argument("--tables", default="throughput,profiles,latency,piper,chains,large")
+    parser.add_argument("--tables", default="throughput,profiles,latency,piper,chains,merged,large")
     parser.add_argument("--time-limit", type=float, default=10.0)
     parser.add_argument("--chains", type=int, default=3000)
     parser.add_argument("--markdown", action="store_true")
@@ -258,6 +301,11 @@ def main() -> None:
             f"{options.chains} random chains, as multiples of the optimum",
             ("method", "median", "99 %", "worst", ""),
             chain_rows(options.chains),
+        ),
+        "merged": (
+            "Merged before planning, 8 devices",
+            ("graph", "layers", "whole", "proof", "s", "merged / whole", "s", "times faster"),
+            merged_rows(data),
         ),
         "large": ("Transformer-like graphs, 8 devices", ("layers", "ms", "proof", "by", "s"), large_rows()),
     }

@@ -249,6 +249,7 @@ def test_a_live_line_on_a_terminal_and_none_in_a_pipe(saved: Path, folder: Path)
             break
         seen += chunk
     reading.join(60)
+    process.stdout.close()
     os.close(master)
     assert process.wait(60) == 0
     assert b"latency" in seen or b"waiting for the first results" in seen
