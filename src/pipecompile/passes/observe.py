@@ -37,6 +37,13 @@ def observe(module: fx.GraphModule, tensors: Mapping[str, torch.Tensor], inputs:
 
     ``tensors`` are the state by placeholder name, ``inputs`` the flat user inputs.
     """
+    for node in module.graph.nodes:  # running half of one would leave torch inside it
+        if getattr(node.target, "__module__", "").startswith("torch._functorch"):
+            raise TraceError(
+                "the captured graph holds a transform of torch.func (vmap, grad), which cannot be cut into stages.\n"
+                f"  where:  {source_of(node) or 'unknown place'}\n"
+                "  try:    write this part with batched operations"
+            )
     watcher = _Watcher(module)
     watcher.run(*copies(tensors.values()), *copies(inputs))
     writes = {node: tuple(watcher.root[arg] for arg in written_args(node)) for node in module.graph.nodes}
@@ -79,7 +86,7 @@ class _Watcher(fx.Interpreter):
                 f"the captured operation {n.target} cannot be run by itself.\n"
                 f"  reason: {type(error).__name__}: {reason}\n"
                 f"  where:  {source_of(n) or 'unknown place'}\n"
-                "  try:    write this part without torch.vmap, torch.func and the like"
+                "  try:    replace the operation, or keep it outside the model"
             ) from error
         return result
 
