@@ -86,7 +86,8 @@ def _package(folder: Path, manifest: dict[str, Any], trust: bool) -> tuple[Packa
 
 
 def _symbol(entry: dict[str, Any]) -> Symbol:
-    return Symbol(**{**entry, "also": tuple((i, dim, size) for i, dim, size in entry["also"])})
+    also = tuple((place, dim, size) for place, dim, size in entry["also"])
+    return Symbol(entry["input"], entry["dim"], entry["low"], entry["high"], also)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
