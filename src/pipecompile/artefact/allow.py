@@ -19,6 +19,7 @@ _NODES = (
     *(ast.For, ast.If, ast.Break, ast.With, ast.withitem, ast.Yield, ast.IfExp, ast.Import, ast.ImportFrom, ast.alias),
     *(ast.Call, ast.keyword, ast.Attribute, ast.Name, ast.Load, ast.Store, ast.Del, ast.Constant, ast.Tuple, ast.List),
     *(ast.Dict, ast.Subscript, ast.Slice, ast.Starred, ast.UnaryOp, ast.USub, ast.BinOp, ast.Add),
+    *(ast.Mod, ast.FloorDiv),
     *(ast.Compare, ast.Is, ast.Eq),
 )
 
@@ -101,11 +102,10 @@ class _Checker(ast.NodeVisitor):
 
     def visit_Assign(self, node: ast.Assign) -> None:
         value = node.value
-        if (
-            isinstance(value, ast.Call)
-            and ast.unparse(value.func) in ("link.receiver", "link.sender")
-            and isinstance(node.targets[0], ast.Name)
-        ):
+        # One port, or a list of those of replicas.
+        calls = value.elts if isinstance(value, ast.List) else [value]
+        opened = [isinstance(c, ast.Call) and ast.unparse(c.func) in ("link.receiver", "link.sender") for c in calls]
+        if opened and all(opened) and isinstance(node.targets[0], ast.Name):
             self.ports.add(node.targets[0].id)
         for target in node.targets:
             if not isinstance(target, (ast.Name, ast.Tuple)):
@@ -123,7 +123,10 @@ class _Checker(ast.NodeVisitor):
             raise self.refuse(node, f"the name {name!r}")
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        path = ast.unparse(node)
+        path, owner = ast.unparse(node), node.value
+        if isinstance(owner, ast.Subscript) and isinstance(owner.value, ast.Name) and owner.value.id in self.ports:
+            self.visit(owner.slice)
+            path = f"{owner.value.id}.{node.attr}"
         if not self._allowed_path(path):
             raise self.refuse(node, f"{path!r}")
 

@@ -54,7 +54,15 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> tuple[Package,
         source = file.read_text()
         check_source(source, str(file), trust=trust)
         modules.append(
-            DeviceModule(entry["device"], tuple(entry["stages"]), source, str(file.resolve()), tuple(entry["state"]))
+            DeviceModule(
+                entry["device"],
+                tuple(entry["stages"]),
+                source,
+                str(file.resolve()),
+                tuple(entry["state"]),
+                entry["replica"],
+                entry["replicas"],
+            )
         )
     state_fields = StateSpec.__dataclass_fields__
     package = Package(

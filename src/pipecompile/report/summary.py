@@ -17,7 +17,8 @@ from pipecompile.ir.timeline import Timeline
 class Cost:
     """Seconds a stage spends on one sample, medians of the steady state.
 
-    ``wait`` is all time in which it neither computes nor sends, so that the three make up ``period``.
+    ``wait`` is all time in which it neither computes nor sends, so that the three make up ``period``:
+    of each replica where there are several.
     """
 
     compute: float
@@ -37,11 +38,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One stage. ``alone`` is its compute timed alone after the cut, where that was done."""
+    """One stage. ``alone`` is its compute timed alone after the cut, where that was done.
+
+    Where it has replicas, ``device`` and ``core`` are of all of them, and its costs, but for their
+    waits, are those of the one a sample goes to.
+    """
 
     index: int
     device: str
-    core: int | None
+    core: str
     layers: tuple[str, ...]
     alone: float | None
     predicted: Cost
@@ -102,8 +107,8 @@ def summarise(package: Package, predicted: Timeline, measured: Timeline | None =
     stages = [
         StageSummary(
             stage.index,
-            plan.cluster.devices[stage.device].name,
-            plan.cluster.devices[stage.device].core,
+            ", ".join(plan.cluster.devices[device].name for device in stage.devices),
+            ", ".join(str(core) for d in stage.devices if (core := plan.cluster.devices[d].core) is not None),
             tuple(plan.layer_names[i] if i < len(plan.layer_names) else str(i) for i in stage.layers),
             stage.measured,
             expected.get(stage.index, nothing),
