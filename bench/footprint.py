@@ -64,7 +64,7 @@ def latency(turns: int) -> Table:
                         call(*example)
                         seen.append(time.perf_counter() - begin)
             eager, piped = (float(np.median(seen)) for seen in times)
-            pids = [os.getpid(), *pipe._session.pids]
+            pids = [os.getpid(), *pipe._engine.session.pids]
             before, begin = sum(map(busy, pids)), time.perf_counter()
             time.sleep(2.0)
             idle = (sum(map(busy, pids)) - before) / (time.perf_counter() - begin)
@@ -107,7 +107,7 @@ def memory() -> Table:
         weights = sum(p.nbytes for p in model.parameters())
         with pipecompile.compile(model, (torch.randn(1, width),), devices=2, use_cache=False) as pipe:
             list(pipe.stream(islice(repeat((torch.randn(1, width),)), 50)))
-            sizes.append((weights, sum(map(pss, [os.getpid(), *pipe._session.pids]))))
+            sizes.append((weights, sum(map(pss, [os.getpid(), *pipe._engine.session.pids]))))
         del model, pipe
     (small, little), (large, much) = sizes
     table = Table("weights MB", "PSS of all MB", "copies of the weights", title="memory, caller and two workers")
@@ -125,7 +125,7 @@ def endurance(samples: int) -> Table:
     with pipecompile.compile(model, (x,), devices=2) as pipe:
         for number, _ in enumerate(pipe.stream(items(x, samples)), 1):
             if number in at:
-                seen.append(sum(map(pss, [os.getpid(), *pipe._session.pids])))
+                seen.append(sum(map(pss, [os.getpid(), *pipe._engine.session.pids])))
                 table.add_row(f"{number:,}", f"{seen[-1] / 1e6:.1f}", f"{seen[-1] / seen[0]:.4f}")
     return table
 

@@ -96,7 +96,7 @@ def main() -> None:
     ):
         table.add_column(title)
     measure("linear 1024x8, 16 rows", chain(1024, 8), torch.randn(16, 1024), options.samples, options.factor, table)
-    measure("linear 2048x8, 64 rows", chain(2048, 8), torch.randn(64, 2048), options.samples, options.factor, table)
+    measure("linear 1024x24, 16 rows", chain(1024, 24), torch.randn(16, 1024), options.samples, options.factor, table)
     Console(width=190).print(table)
 
 

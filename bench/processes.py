@@ -61,7 +61,7 @@ class StageProcess(_Pinned):
     """Runs every stage of a pipeline alone, in turns, on one core: mean seconds of each."""
 
     def __init__(self, pipe: Any, example: tuple[Any, ...], core: int) -> None:
-        state = {name: tensor.detach().clone() for name, tensor in pipe._state.current().items()}
+        state = {name: tensor.detach().clone() for name, tensor in pipe._engine.state.current().items()}
         leaves = dict(zip(pipe.package.input_names, flatten((example, {}))[0], strict=True))
         edges = [(edge.source, edge.target, edge.values) for edge in pipe.program.edges]
         modules = [(m.source, m.stages[0], m.state) for m in pipe.package.modules]

@@ -39,7 +39,7 @@ class TorchPipeline:
             return  # an input or a result of another stage: its schedules have no place for it
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")
-        state = pipe._state.current()
+        state = pipe._engine.state.current()
         for rank, module in enumerate(pipe.package.modules):
             here, there = context.Pipe()
             tensors = [state[n].detach().clone() for n in module.state]

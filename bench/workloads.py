@@ -17,7 +17,7 @@ import networkx as nx
 
 from pipecompile.errors import PlanError
 from pipecompile.ir.cluster import Link
-from pipecompile.passes.partition import Place, Problem, Traffic, Value, Weight
+from pipecompile.passes.partition import Memory, Place, Problem, Traffic, Value, Weight
 from pipecompile.passes.partition.contract import Contraction, contract
 
 #: Costs and transfers are given in time units: a "byte" takes one unit.
@@ -152,4 +152,58 @@ def pipedream(path: Path, devices: int, bandwidth: float = 25e9) -> Problem:
     return contraction.problem
 
 
-__all__ = ["UNIT", "Workload", "pipedream", "throughput"]
+def piper(path: Path, devices: int) -> Problem:
+    """A workload of Piper, in milliseconds: stages may be replicated, 1F1B keeps the memory, no recomputation.
+
+    The file gives bytes in flight (A) and fixed (B) per node and the bytes of parameters that replicas
+    must sum; the problem scales all parameters alike to the sum of B.
+
+    Raises:
+        PlanError: if the nodes are on a cycle.
+    """
+    data: dict[str, Any] = json.loads(path.read_text())
+    index = {node["id"]: i for i, node in enumerate(data["nodes"])}
+    variants = [next(v for v in node["TMPCs"]["1"] if v["id"] == "vanilla") for node in data["nodes"]]
+    readers: dict[int, list[int]] = defaultdict(list)
+    size: dict[int, float] = {}
+    for edge in data["edges"]:
+        readers[index[edge["sourceId"]]].append(index[edge["destId"]])
+        size[index[edge["sourceId"]]] = edge["communicationCost"]
+    values = [Value(u, tuple(sorted(set(vs))), size[u], gradient=size[u]) for u, vs in readers.items()]
+    edges = {(u, v) for u, vs in readers.items() for v in vs}
+    weights = [Weight(v["parameterSize"], (i,)) for i, v in enumerate(variants) if v["parameterSize"]]
+    places = tuple(Place(str(i), memory=data["maxMemoryPerDevice"]) for i in range(devices))
+    contraction, order = _sorted([v["timePerSample"] for v in variants], edges, values, weights, places, [])
+    held = [variants[v]["memoryUsageA"] for v in order]
+    fixed = sum(v["memoryUsageB"] for v in variants)
+    return replace(
+        contraction.problem,
+        link=Link(0.0, data["bandwidth"] / 1e3),
+        activations=tuple(sum(held[i] for i in group) for group in contraction.groups),
+        memory=Memory(
+            copies=fixed / max(1.0, sum(w.nbytes for w in weights)),
+            schedule="1f1b",
+            micro_batches=data["mbsInBatch"],
+            update_every=float(data["mbsInBatch"]),
+        ),
+        replicas=True,
+    )
+
+
+def expert(path: Path, workload: Workload) -> tuple[int, ...] | None:
+    """The group of devices human experts gave each layer, or None if the file parts a colour class.
+
+    A file for inference also says where the forward nodes of the training graph go.
+    """
+    data: dict[str, Any] = json.loads(path.read_text())
+    where = {node: i for i, device in enumerate(data["fpgas"]) for node in device["nodes"]}
+    found: list[int] = []
+    for ids in workload.ids:
+        devices = {where[node] for node in ids if node in where}
+        if len(devices) != 1:
+            return None
+        found.append(devices.pop())
+    return tuple(found)
+
+
+__all__ = ["UNIT", "Workload", "expert", "pipedream", "piper", "throughput"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,3 +233,14 @@ def test_prediction_and_measurement_have_one_type() -> None:
     assert (predicted.origin, measured.origin) == ("simulated", "measured")
     assert type(predicted) is type(measured)
     assert predicted.throughput > 0
+
+
+def test_report_writes_a_page_before_and_after_a_run(tmp_path: Path) -> None:
+    with compiled(mlp(), torch.randn(2, 8)) as pipe:
+        before = pipe.report(tmp_path / "before.html").read_text()
+        list(pipe.stream([torch.randn(2, 8)] * 10))
+        after = pipe.report(tmp_path / "after.html").read_text()
+        assert "nothing was run" in before
+        assert "Measured over 10 samples" in after
+        with pytest.raises(InputError, match=r"cannot write .*absent"):
+            pipe.report(tmp_path / "absent" / "page.html")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ProgramError,
         SampleDropped,
         StageError,
+        StepError,
         TraceError,
         WorkerDied,
         WorkerHung,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from pipecompile.streams.pulled import Stream
     from pipecompile.streams.pushed import Results
     from pipecompile.streams.ticket import Ticket
+    from pipecompile.training import TrainingPipeline
 
 #: Packages reached by attribute: ``pipecompile.sources.VideoFile``.
 _ROOMS = ("sources",)
@@ -46,6 +48,7 @@ _HOME = {
     "load": "driver",
     "pipeline": "decorator",
     "InferencePipeline": "inference",
+    "TrainingPipeline": "training",
     "Cluster": "ir.cluster",
     "Device": "ir.cluster",
     "Link": "ir.cluster",
@@ -79,9 +82,11 @@ __all__ = [
     "Sample",
     "SampleDropped",
     "StageError",
+    "StepError",
     "Stream",
     "Ticket",
     "TraceError",
+    "TrainingPipeline",
     "WorkerDied",
     "WorkerHung",
     "__version__",

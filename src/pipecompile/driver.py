@@ -9,14 +9,14 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
 
 from pipecompile import artefact, cache
 from pipecompile.eager import eager_models
-from pipecompile.errors import PipecompileWarning, PlanError
+from pipecompile.errors import InputError, PipecompileWarning, PlanError
 from pipecompile.inference import InferencePipeline
 from pipecompile.ir.cluster import Cluster, Device, Link
 from pipecompile.ir.graph import TensorSpec
@@ -34,14 +34,19 @@ from pipecompile.passes.refine import Refine
 from pipecompile.passes.schedule import Schedule
 from pipecompile.passes.trace import Trace, Traced
 from pipecompile.passes.verify import Verify
+from pipecompile.runtime.batches import Reduction
 from pipecompile.runtime.measure import CpuMeasure
+from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.streams.engine import ExecutorName, OnFailure
 from pipecompile.streams.entrance import Overload
+from pipecompile.train_driver import ScheduleName, compile_training
+from pipecompile.training import TrainingPipeline
 
 #: Called with the name of the phase that begins and the fraction of the work done, 0.0 to 1.0.
 Progress = Callable[[str, float], None]
 
 
+@overload
 def compile(
     model: nn.Module,
     example_inputs: Sequence[Any] = (),
@@ -68,7 +73,67 @@ def compile(
     throttle: Mapping[str, Link] | None = None,
     imports: Sequence[str] = (),
     progress: Progress | None = None,
-) -> InferencePipeline:
+) -> InferencePipeline: ...
+
+
+@overload
+def compile(
+    model: nn.Module,
+    example_inputs: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    devices: int | Sequence[str] | Cluster = 2,
+    mode: Literal["train"],
+    loss_fn: Callable[[Any, Any], Any],
+    optimizer: OptimizerFactory,
+    schedule: ScheduleName = "auto",
+    micro_batches: int = 4,
+    reduction: Reduction = "auto",
+    example_targets: Any = None,
+    clip_norm: float | None = None,
+    memory_limit: int | None = None,
+    seed: int = 0,
+    keep_gradients: bool = False,
+    leaf: Sequence[str | type[nn.Module]] = (),
+    ahead: int | None = None,
+    executor: ExecutorName = "process",
+    time_limit: float = 10.0,
+    profile_seconds: float = 2.0,
+    hang_seconds: float | None = None,
+    throttle: Mapping[str, Link] | None = None,
+    imports: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> TrainingPipeline: ...
+
+
+def compile(
+    model: nn.Module,
+    example_inputs: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    devices: int | Sequence[str] | Cluster = 2,
+    mode: Literal["infer", "train"] = "infer",
+    dynamic_shapes: Any | None = None,
+    leaf: Sequence[str | type[nn.Module]] = (),
+    ahead: int | None = None,
+    executor: ExecutorName = "process",
+    pin: Mapping[str, str | Sequence[str]] | None = None,
+    colocate: Sequence[str | Sequence[str]] = (),
+    objective: ObjectiveName | tuple[ObjectiveName, float] = "throughput",
+    memory: float | str | Mapping[str, float | str] | None = None,
+    time_limit: float = 10.0,
+    profile_seconds: float = 2.0,
+    use_cache: bool = True,
+    hang_seconds: float | None = None,
+    on_overload: Overload = "block",
+    max_in_flight: int | None = None,
+    deadline: float | None = None,
+    on_failure: OnFailure = "raise",
+    throttle: Mapping[str, Link] | None = None,
+    imports: Sequence[str] = (),
+    progress: Progress | None = None,
+    **training: Any,
+) -> InferencePipeline | TrainingPipeline:
     """Compile ``model``, called as ``model(*example_inputs, **example_kwargs)``, into a pipeline.
 
     Args:
@@ -79,7 +144,8 @@ def compile(
         example_kwargs: keyword arguments of that call.
         devices: how many cores to use, names such as ``["cpu:0", "cpu:1"]``, or a Cluster. The link
             of a Cluster that names none is measured.
-        mode: ``"infer"``.
+        mode: ``"infer"``, or ``"train"``: the model is compiled in train mode for one batch of the
+            size of the example, and what follows ``progress`` below applies.
         dynamic_shapes: sizes that may differ from sample to sample, as for ``torch.export.export``.
         leaf: modules never cut inside: path patterns (``"encoder.layer.*"``) or module classes.
         ahead: how many messages a stage receives ahead of the one it works on; chosen if None.
@@ -108,19 +174,49 @@ def compile(
         throttle: slow down edges (``{"0>1": Link(latency, bandwidth)}``): to try a slower network.
         imports: modules the workers import first because they register custom operators.
         progress: called as ``progress(phase, fraction)`` while compiling.
+        training: for ``mode="train"`` only:
+            ``loss_fn``: called as ``loss_fn(result, target)`` in the last stage; gives a scalar.
+            ``optimizer``: called with a list of parameters, such as
+            ``functools.partial(torch.optim.SGD, lr=0.1)``; one is made for each stage.
+            ``schedule``: ``"gpipe"``, ``"1f1b"``, ``"interleaved"``, ``"breadth_first"``, ``"zb_h1"``,
+            ``"zb_v"``, or ``"auto"``, which measures the stages and simulates all of them.
+            ``micro_batches``: into how many parts a batch is split along dimension 0. Where it does
+            not divide the example batch, sizes may differ from then on.
+            ``reduction``: how the loss is reduced where ``loss_fn`` does not say: ``"mean"``, ``"sum"``,
+            or a function of a target that counts what its mean is over.
+            ``example_targets``: targets of the example batch, to measure the last stage with.
+            ``clip_norm``: the largest norm of all gradients together.
+            ``memory_limit``: bytes of activations a device may keep; ``"auto"`` chooses within it.
+            ``seed``: of dropout masks. ``keep_gradients``: for ``pipe.gradients()``.
 
     Raises:
         TraceError: if the model cannot be captured or its graph differs from eager.
         PlanError: if ``devices`` makes no sense, or no plan meets pins, colocation, memory and objective.
         InputError: if example inputs or dynamic shapes cannot be used.
     """
-    if mode != "infer":
-        raise PlanError(f"mode={mode!r} is not available; this version compiles for inference (mode='infer')")
+    if mode not in ("infer", "train"):
+        raise PlanError(f"mode={mode!r} is not available: choose 'infer' or 'train'")
     tell = progress or silent
     _import_aside("pulp")
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
     cluster = with_memory(make_cluster(devices), memory)
+    if mode == "train":
+        if dynamic_shapes is not None:
+            raise InputError("dynamic_shapes is for inference; in training only the batch size may change")
+        if pin or colocate or objective != "throughput":
+            raise InputError("pin=, colocate= and objective= are for inference; training balances all stages itself")
+        if (on_overload, max_in_flight, deadline, on_failure) != ("block", None, None, "raise"):
+            raise InputError(
+                "on_overload=, max_in_flight=, deadline= and on_failure= are for streams, not mode='train'"
+            )
+        return compile_training(
+            model, args, kwargs, cluster, leaf=tuple(leaf), ahead=1 if ahead is None else ahead, executor=executor,
+            time_limit=time_limit, profile_seconds=profile_seconds, hang_seconds=hang_seconds, throttle=throttle,
+            imports=imports, tell=tell, **training,
+        )  # fmt: skip
+    if training:
+        raise InputError(f"{', '.join(sorted(training))}: only mode='train' takes that")
     partition = Partition(
         len(cluster.devices), time_limit=time_limit, objective=objective, pin=pin or {}, colocate=colocate
     )

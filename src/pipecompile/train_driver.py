@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from pipecompile.eager import eager_models
 from pipecompile.errors import InputError, PipecompileWarning
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import TensorSpec
+from pipecompile.ir.measure import Measure
 from pipecompile.ir.package import DeviceModule, Package
 from pipecompile.ir.plan import Plan
+from pipecompile.ir.profile import Profile
 from pipecompile.ir.program import Program
-from pipecompile.ir.training import StepPackage
+from pipecompile.ir.training import Gradients, StageCost, StepPackage
 from pipecompile.ir.tree import Tree, flatten, unflatten
+from pipecompile.passes.choose_step import Candidate, ChooseStep
 from pipecompile.passes.codegen_step import CodegenStep
 from pipecompile.passes.lower_step import LowerStep, owners, weight_users
-from pipecompile.passes.plan_step import PlanStep, training_profile
+from pipecompile.passes.measure_step import MeasureStep
+from pipecompile.passes.plan_step import PlanStep, step_schedule, training_profile
 from pipecompile.passes.profile import ProfileLayers
 from pipecompile.passes.trace import Traced
 from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_step import VerifyStep
-from pipecompile.runtime.batches import Reduction, batched_inputs, split_inputs
+from pipecompile.runtime.batches import Reduction, batched_inputs, split_inputs, split_targets
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.update import OptimizerFactory
+from pipecompile.schedules.training import STEP_SCHEDULES
 from pipecompile.training import ExecutorName, TrainingPipeline
+
+ScheduleName = Literal["auto", "gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zb_v"]
+
+#: How far the slowest stage may be from its prediction before the model is cut again.
+_TOLERANCE = 0.1
 
 
 def compile_training(
@@ -39,13 +52,15 @@ def compile_training(
     *,
     loss_fn: Callable[[Any, Any], Any],
     optimizer: OptimizerFactory,
-    schedule: str = "1f1b",
+    schedule: ScheduleName = "auto",
     micro_batches: int = 4,
     reduction: Reduction = "auto",
     leaf: Sequence[str | type[nn.Module]] = (),
     ahead: int = 1,
     seed: int = 0,
     clip_norm: float | None = None,
+    memory_limit: int | None = None,
+    example_targets: Any = None,
     keep_gradients: bool = False,
     executor: ExecutorName = "process",
     hang_seconds: float | None = None,
@@ -64,18 +79,24 @@ def compile_training(
     part_args, part_kwargs = unflatten(tree, first)
     dynamic = _batch_dims(tree, batched) if batch % micro_batches else None
     tell("trace", 0.0)
-    traced, gradients = TraceStep(tuple(leaf), dynamic).trace(model, part_args, part_kwargs)
+    with eager_models():
+        traced, gradients = TraceStep(tuple(leaf), dynamic).trace(model, part_args, part_kwargs)
     tell("profile", 0.3)
-    graph = traced.graph
-    measured = ProfileLayers(profile_seconds).apply(graph, traced.module, traced.tensors, first, CpuMeasure())
-    profile = training_profile(graph, measured, gradients)
+    measure = CpuMeasure()
+    measured = ProfileLayers(profile_seconds).apply(traced.graph, traced.module, traced.tensors, first, measure)
+    profile = training_profile(traced.graph, measured, gradients)
     tell("partition", 0.6)
-    planner = PlanStep(schedule, time_limit)
-    plan = planner.apply(graph, profile, replace(cluster, link=measured.link))
+    loss = _Loss(loss_fn, traced.graph.out_tree, _part(example_targets, batch, micro_batches))
+    planner = _Planner(
+        traced, gradients, first, loss, measure, replace(cluster, link=measured.link), micro_batches, ahead, time_limit,
+        profile_seconds,
+    )  # fmt: skip
+    names = list(STEP_SCHEDULES) if schedule == "auto" else [schedule]
+    names = [name for name in names if schedule != "auto" or STEP_SCHEDULES[name].chunks <= len(traced.graph.layers)]
+    chosen = ChooseStep(memory_limit).apply([planner.candidate(name, profile) for name in names])
+    plan, program, graph = chosen.plan, chosen.program, traced.graph
     if len(plan.cluster.devices) < len(cluster.devices):
         warnings.warn("; ".join(plan.notes), PipecompileWarning, stacklevel=3)
-    order = planner.program(plan, micro_batches)
-    program = VerifyStep().apply(LowerStep(ahead).apply(graph, plan, order, gradients))
     tell("codegen", 0.9)
     modules = CodegenStep().apply(graph, traced.module, plan, program, gradients)
     owned = {stage: tuple(names) for stage, names in owners(weight_users(graph, plan, gradients.weights)).items()}
@@ -95,7 +116,99 @@ def compile_training(
         executor=executor,
         hang_seconds=hang_seconds,
         throttle=throttle,
+        costs=tuple(
+            replace(cost, update=_update_seconds(optimizer, traced, owned.get(stage, ())))
+            for stage, cost in enumerate(chosen.costs)
+        ),
     )
+
+
+@dataclass
+class _Planner:
+    """Plans, lowers and measures the model for one schedule after another."""
+
+    traced: Traced
+    gradients: Gradients
+    leaves: list[Any]
+    loss: Callable[[Sequence[Any]], torch.Tensor]
+    measure: Measure
+    cluster: Cluster
+    micro_batches: int
+    ahead: int
+    time_limit: float
+    seconds: float
+    _costs: dict[Any, tuple[StageCost, ...]] = field(default_factory=dict[Any, tuple[StageCost, ...]])
+
+    def candidate(self, name: str, profile: Profile) -> Candidate:
+        """Cut, measure the stages, and cut again once if the slowest was predicted badly."""
+        first = self._attempt(name, profile)
+        totals = [stage_seconds(cost) for cost in first.costs]
+        predicted = [max(stage.seconds, 1e-9) for stage in first.plan.stages]
+        scale = sum(totals) / sum(predicted)
+        off = [total / (guess * scale) for total, guess in zip(totals, predicted, strict=True)]
+        if len(totals) == 1 or abs(off[totals.index(max(totals))] - 1) <= _TOLERANCE:
+            return first
+        factors = {i: f for stage, f in zip(first.plan.stages, off, strict=True) for i in stage.layers}
+        again = self._attempt(name, profile.scaled(factors))
+        return min(first, again, key=lambda c: c.seconds)
+
+    def _attempt(self, name: str, profile: Profile) -> Candidate:
+        graph = self.traced.graph
+        planner = PlanStep(name, self.time_limit)
+        plan = planner.apply(graph, profile, self.cluster)
+        order = planner.program(plan, self.micro_batches)
+        program = VerifyStep().apply(LowerStep(self.ahead).apply(graph, plan, order, self.gradients))
+        key = (tuple(stage.layers for stage in plan.stages), step_schedule(name).splits)
+        if key not in self._costs:
+            self._costs[key] = MeasureStep(self.seconds / 8).apply(
+                graph, self.traced.module, self.traced.tensors, self.leaves, plan, program, self.gradients, self.loss,
+                self.measure,
+            )  # fmt: skip
+        costs = self._costs[key]
+        stages = tuple(replace(s, measured=stage_seconds(cost)) for s, cost in zip(plan.stages, costs, strict=True))
+        return Candidate(name, replace(plan, stages=stages), program, costs)
+
+
+def stage_seconds(cost: StageCost) -> float:
+    """What a stage computes for one micro-batch, forward and backward."""
+    return cost.forward + (cost.backward_input + cost.backward_weight or cost.backward)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """The loss on flat results, to measure the last stage with: without targets, a sum that has gradients."""
+
+    loss_fn: Callable[[Any, Any], Any]
+    tree: Tree
+    targets: Any
+
+    def __call__(self, outputs: Sequence[Any]) -> torch.Tensor:
+        if self.targets is not None:
+            loss = self.loss_fn(unflatten(self.tree, list(outputs)), self.targets)
+            if isinstance(loss, torch.Tensor) and loss.dim() == 0:
+                return loss
+            raise InputError("loss_fn must return a scalar tensor (reduce it with mean or sum)")
+        parts = [o.double().sum() for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
+        return torch.stack(parts).sum()
+
+
+def _part(targets: Any, batch: int, parts: int) -> Any:
+    return None if targets is None else split_targets(targets, batch, parts)[0]
+
+
+def _update_seconds(factory: OptimizerFactory, traced: Traced, names: Sequence[str]) -> float:
+    """Median seconds of an update of copies of these weights."""
+    weights = [torch.nn.Parameter(traced.tensors[name].detach().clone()) for name in names]
+    if not weights:
+        return 0.0
+    optimizer, times = factory(weights), list[float]()
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    for _ in range(5):
+        begin = time.perf_counter()
+        optimizer.step()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])
 
 
 def _package(

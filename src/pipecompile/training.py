@@ -52,7 +52,7 @@ class TrainingPipeline(nn.Module):
         keep_gradients: bool = False,
         hang_seconds: float | None = None,
         throttle: Mapping[str, Link] | None = None,
-        costs: tuple[StageCost, ...] = (),
+        costs: tuple[StageCost, ...],
     ) -> None:
         super().__init__()
         object.__setattr__(self, "_model", model)  # not a submodule: names stay the model's own
@@ -89,6 +89,11 @@ class TrainingPipeline(nn.Module):
     def micro_batches(self) -> int:
         """How many micro-batches a batch is split into."""
         return self._step.micro_batches
+
+    @property
+    def costs(self) -> tuple[StageCost, ...]:
+        """Measured costs of the stages, for one micro-batch."""
+        return self._costs
 
     def train_step(self, inputs: Any, targets: Any = None, *, update: bool = True) -> torch.Tensor:
         """One step: forward and backward of all micro-batches, then one update.
@@ -130,13 +135,7 @@ class TrainingPipeline(nn.Module):
         return {self._weights.fqn(name): gradient for name, gradient in found.items()}
 
     def simulate(self) -> Timeline:
-        """What one step is predicted to look like, from the measured costs of the stages.
-
-        Raises:
-            InputError: if the stages were not measured.
-        """
-        if not self._costs:
-            raise InputError("the stages were not measured: compile with profile_seconds above 0")
+        """What one step is predicted to look like, from the measured costs of the stages."""
         return simulate_step(self.program, self._costs, self.plan.cluster.link, cluster=self.plan.cluster)
 
     def optimizer_state_dict(self) -> dict[str, Any]:

@@ -231,9 +231,14 @@ def test_ctrl_c_ends_with_the_summary_and_leaves_nobody(saved: Path, folder: Pat
 
 def test_a_live_line_on_a_terminal_and_none_in_a_pipe(saved: Path, folder: Path) -> None:
     words = [sys.executable, "-m", "pipecompile.cli", "run", str(saved / "make"), "--input", "random:2000", "--inline"]
+    words += ["-o", "-", "--top", "1"]
     master, slave = pty.openpty()
     process = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=slave, text=True)
     os.close(slave)
+    assert process.stdout is not None
+    lines: list[str] = []
+    reading = threading.Thread(target=lines.extend, args=(process.stdout,))
+    reading.start()
     seen = b""
     while True:
         try:
@@ -243,12 +248,15 @@ def test_a_live_line_on_a_terminal_and_none_in_a_pipe(saved: Path, folder: Path)
         if not chunk:
             break
         seen += chunk
-    out, _ = process.communicate(timeout=60)
+    reading.join(60)
+    process.stdout.close()
     os.close(master)
-    assert process.returncode == 0
+    assert process.wait(60) == 0
     assert b"latency" in seen or b"waiting for the first results" in seen
-    assert "2000 samples in" in out
-    result = command(folder, *words[3:])
+    assert b"2000 samples in" in seen
+    assert len(lines) == 2000, "the line on the terminal takes nothing from standard output"
+    assert json.loads(lines[-1])["sample"] == 1999
+    result = command(folder, *words[3:-4])
     assert done(result)
     assert result.stderr == ""
 

@@ -23,15 +23,30 @@ from pipecompile.passes.schedule import Schedule
 seconds = st.floats(0, 1e6)
 counts = st.integers(0, 100)
 names = st.text(max_size=8)
-links = st.builds(Link, seconds, st.floats(1, 1e12))
-devices = st.builds(Device, names, st.just("cpu"), st.none() | counts, counts, st.floats(0.1, 10))
-clusters = st.builds(Cluster, st.lists(devices, max_size=3).map(tuple), links)
-stages = st.builds(
-    Stage, counts, counts, st.lists(counts, max_size=4).map(tuple), seconds, seconds, st.none() | seconds
+links = st.builds(Link, seconds, st.floats(1, 1e12), st.floats(0, 1))
+kinds = st.sampled_from(["cpu", "cuda"])
+devices = st.builds(
+    Device, names, kinds, st.none() | counts, counts, st.floats(0.1, 10), st.none() | st.floats(1, 1e12)
 )
+clusters = st.builds(
+    Cluster, st.lists(devices, max_size=3).map(tuple), links, st.dictionaries(names, links, max_size=2)
+)
+some = st.lists(counts, max_size=4).map(tuple)
+stages = st.builds(Stage, counts, counts, some, seconds, seconds, st.none() | seconds, some)
 texts = st.lists(names, max_size=3).map(tuple)
 plans = st.builds(
-    Plan, st.lists(stages, max_size=3).map(tuple), clusters, seconds, seconds, names, seconds, seconds, texts, texts
+    Plan,
+    st.lists(stages, max_size=3).map(tuple),
+    clusters,
+    seconds,
+    seconds,
+    names,
+    seconds,
+    seconds,
+    texts,
+    texts,
+    st.sampled_from(["throughput", "latency"]),
+    st.lists(seconds, max_size=3).map(tuple),
 )
 shapes = st.lists(counts, max_size=4).map(tuple)
 specs = st.builds(

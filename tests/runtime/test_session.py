@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import pickle
 import signal
@@ -494,9 +493,9 @@ def test_throttled_edge_delays_but_does_not_change_results() -> None:
         results = run_all(session, xs)
         finishes, latencies = session.timeline().finishes, session.timeline().latencies
     assert all(torch.equal(y, expected(state, x)) for x, (_, (y,)) in zip(xs, results, strict=True))
-    # The slower edge carries one message at a time; the first sample pays both.
+    # The slower edge carries one message at a time; each sample then pays the other, too. Later is possible.
     assert latencies[0] >= 0.07
-    assert all(b - a >= 0.045 for a, b in itertools.pairwise(finishes))
+    assert all(at >= 0.05 * (k + 1) + 0.02 - 0.001 for k, at in enumerate(finishes))
 
 
 def test_caller_settings_reach_the_workers_but_inference_mode_stays_outside() -> None:

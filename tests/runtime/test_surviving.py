@@ -284,7 +284,8 @@ def test_buffers_written_in_forward_survive_kills(kills: int) -> None:
                 if k == when:
                     os.kill(pipe._engine.session.pids[victim], signal.SIGKILL)  # type: ignore[union-attr]
             assert torch.equal(model.mean, reference.mean)
-        assert pipe.restarts == kills
+        # A worker that is killed when it has done its part of a stream is missed in the next one only.
+        assert kills / 2 <= pipe.restarts <= kills
 
 
 def test_submitted_samples_survive_too_and_an_idle_death_goes_unseen() -> None:

@@ -77,7 +77,9 @@ def test_frames_are_fitted_to_the_compiled_input(
 ) -> None:
     path = write_video(folder / "fit.mkv", 2, codec="ffv1")
     net = nn.Sequential(nn.Flatten(0), nn.Identity()) if dtype is torch.uint8 else nn.Sequential(nn.ReLU(), nn.Tanh())
-    pipe = pipecompile.compile(net, (torch.zeros(shape, dtype=dtype),), devices=1, executor="inline")
+    pipe = pipecompile.compile(
+        net, (torch.zeros(shape, dtype=dtype),), devices=1, executor="inline", profile_seconds=0.05
+    )
     with pipe, VideoFile(path, like=pipe) as source:
         for sample in source:
             (value,) = sample.value
@@ -90,7 +92,9 @@ def test_frames_are_fitted_to_the_compiled_input(
 def test_a_model_that_takes_no_pictures_is_said(folder: Path) -> None:
     path = write_video(folder / "any.mkv", 2)
     with (
-        pipecompile.compile(nn.Linear(4, 4), (torch.zeros(2, 4),), devices=1, executor="inline") as pipe,
+        pipecompile.compile(
+            nn.Linear(4, 4), (torch.zeros(2, 4),), devices=1, executor="inline", profile_seconds=0.05
+        ) as pipe,
         pytest.raises(InputError, match=r"pictures fit an input of shape 1x3xHxW.*compiled for 2x4"),
     ):
         VideoFile(path, like=pipe)

@@ -75,9 +75,9 @@ class Meter:
 
 
 @contextmanager
-def live(meter: Meter, pipe: InferencePipeline) -> Generator[None]:
-    """A line on stderr that follows ``meter``, on a terminal only."""
-    if not sys.stderr.isatty():
+def live(meter: Meter, pipe: InferencePipeline, *, quiet: bool = False) -> Generator[None]:
+    """A line on stderr that follows ``meter``, on a terminal only; with ``quiet`` not where stdout goes there too."""
+    if not sys.stderr.isatty() or (quiet and sys.stdout.isatty()):
         yield
         return
     from rich.console import Console
@@ -91,5 +91,7 @@ def live(meter: Meter, pipe: InferencePipeline) -> Generator[None]:
         )
         return Text(meter.line() + more)
 
-    with Live(get_renderable=line, refresh_per_second=5, transient=True, console=Console(stderr=True)):
+    # Standard output may be somebody's data: rich must not lead it through the terminal.
+    console = Console(stderr=True)
+    with Live(get_renderable=line, refresh_per_second=5, transient=True, console=console, redirect_stdout=False):
         yield

@@ -54,8 +54,11 @@ def report_command(
         with pipecompile.load(folder, executor="inline", trust=options["trust"]) as pipe:
             package, predicted = pipe.package, pipe.simulate(_SIMULATED)
     else:
+        from pipecompile.cli.meter import live
+
         with streaming(folder, source, options) as (pipe, results, meter):
-            status = min(1, consume(results, meter, lambda _result: None))
+            with live(meter, pipe):
+                status = min(1, consume(results, meter, lambda _result: None))
             if not meter.latencies:
                 raise InputError(f"--input {source}: not a single sample came through, so nothing was measured")
             for line in account(pipe, results.source):

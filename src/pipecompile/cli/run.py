@@ -94,13 +94,15 @@ def stream_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @stream_options
 def run_command(folder: Path, source: str, output: str | None, top: int, trace: Path | None, **options: Any) -> int:
     """See ``_HELP``."""
+    from pipecompile.cli.meter import live
     from pipecompile.cli.sinks import open_sink
 
     if trace is not None:
         writable_text(trace)
     with open_sink(output, top) as sink:
         with streaming(folder, source, options) as (pipe, results, meter):
-            trouble = consume(results, meter, sink.write)
+            with live(meter, pipe, quiet=output == "-"):
+                trouble = consume(results, meter, sink.write)
             say: Callable[[str], None] = _to_stderr if output == "-" else click.echo
             say(meter.summary(len(pipe.plan.stages)))
             for line in account(pipe, results.source):
@@ -140,9 +142,9 @@ class Results:
 def streaming(
     folder: Path, source: str, options: dict[str, Any]
 ) -> Generator[tuple[InferencePipeline, Results, Meter]]:
-    """Load, open and stream, with a live line, until the end or Ctrl-C."""
+    """Load, open and stream, until the end or Ctrl-C."""
     import pipecompile
-    from pipecompile.cli.meter import Meter, live
+    from pipecompile.cli.meter import Meter
     from pipecompile.cli.opening import Limited, open_source
 
     pipe = pipecompile.load(
@@ -156,7 +158,7 @@ def streaming(
         given = {name: options[name] for name in ("on_overload", "max_in_flight", "deadline")}
         with pipe.stream(limited, records=True, **given) as stream:
             results, meter = Results(stream, limited), Meter()
-            with _ctrl_c(results), live(meter, pipe):
+            with _ctrl_c(results):
                 yield pipe, results, meter
 
 

@@ -137,7 +137,7 @@ class Array(_File):
         tensor: torch.Tensor = leaves[0].detach()
         if tensor.dtype is torch.bfloat16:
             tensor = tensor.float()  # NumPy has no bfloat16; every value of it is a float32
-        row = np.ascontiguousarray(tensor.resolve_conj().resolve_neg().numpy())
+        row = np.asarray(tensor.resolve_conj().resolve_neg().numpy(), order="C")
         if self._like is None:
             head = self._head(row, 0)
             self._like, self._header = row, len(head)

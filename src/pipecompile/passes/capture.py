@@ -26,7 +26,7 @@ from torch import fx, nn
 from pipecompile.errors import InputError, TraceError
 from pipecompile.ir.graph import StateSpec, Symbol
 from pipecompile.ir.tree import Tree, flatten, unflatten
-from pipecompile.passes.operators import buffers_of, not_exporting
+from pipecompile.passes.operators import buffers_of, not_exporting, quiet_export
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def capture(
     if dynamic_shapes is not None:
         shapes = {"leaves": tuple(_shapes_of_leaves(model, in_tree, args, kwargs, dynamic_shapes))}
     try:
-        with warnings.catch_warnings(), torch.set_grad_enabled(gradients):
+        with warnings.catch_warnings(), torch.set_grad_enabled(gradients), quiet_export():
             warnings.simplefilter("ignore")
             traced = _twin(model) if as_eager else model
             exported = torch.export.export(

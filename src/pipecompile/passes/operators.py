@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -145,6 +147,19 @@ def not_exporting() -> Generator[None]:
     finally:
         for flag, value in before.items():
             setattr(torch.compiler, flag, value)
+
+
+@contextmanager
+def quiet_export() -> Generator[None]:
+    """Keep to itself what export prints about a failure: the error raised says it in fewer words."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:

@@ -24,7 +24,7 @@ from pipecompile.runtime.channels.link import ports_of
 from pipecompile.runtime.channels.ring import clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge, allocate, attach
 from pipecompile.runtime.control import receive, send
-from pipecompile.runtime.nursery import born_here
+from pipecompile.runtime.lifeline import born_here
 from pipecompile.runtime.records import Records
 
 _START_SECONDS = 60.0

@@ -27,6 +27,7 @@ from pipecompile.runtime.channels.link import PortInfo, ports_of
 from pipecompile.runtime.channels.ring import clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge, allocate, attach
 from pipecompile.runtime.executor import bounds
+from pipecompile.runtime.lifeline import born_here
 from pipecompile.runtime.records import Records
 from pipecompile.runtime.step_device import Boot
 from pipecompile.runtime.update import OptimizerFactory
@@ -271,12 +272,14 @@ class Worker:
         command = [sys.executable, "-P", "-m", "pipecompile.runtime.step_worker"]
         command += ["--control", str(theirs[0]), "--commands", str(theirs[1])]
         command += ["--parent", str(os.getpid()), "--core", str(-1 if core is None else core)]
-        self.process = subprocess.Popen(
-            command,
-            pass_fds=[*theirs, self.records_fd, *fds],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
+        self.process = born_here(
+            lambda: subprocess.Popen(
+                command,
+                pass_fds=[*theirs, self.records_fd, *fds],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         )
         self._their_control.close()
         self._their_commands.close()

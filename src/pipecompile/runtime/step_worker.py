@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import select
 import signal
 import socket
 import sys
 import threading
 import traceback
 from typing import Any, NoReturn
+
+from pipecompile.runtime.lifeline import die_with, watch
 
 
 def main() -> NoReturn:
@@ -26,7 +27,8 @@ def main() -> NoReturn:
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args()
     control, commands = socket.socket(fileno=options.control), socket.socket(fileno=options.commands)
-    threading.Thread(target=_watch, args=(control, options.parent), daemon=True).start()
+    die_with(options.parent)
+    threading.Thread(target=watch, args=(control, options.parent), daemon=True).start()
     if options.core >= 0:  # before torch counts the processors it may use
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, {options.core})
@@ -48,17 +50,6 @@ def main() -> NoReturn:
             os._exit(0)
         answer: Any = device.answer(message)
         pickled.send(commands, answer)
-
-
-def _watch(control: socket.socket, parent: int) -> None:
-    """Leave at once when the control socket closes or the parent's process is gone."""
-    poller = select.poll()
-    poller.register(control, select.POLLIN)
-    with contextlib.suppress(OSError):
-        poller.register(os.pidfd_open(parent), select.POLLIN)
-    if os.getppid() == parent:
-        poller.poll()
-    os._exit(0)
 
 
 def _leave(commands: socket.socket, text: str) -> NoReturn:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import os
-import select
 import signal
 import socket
 import sys
@@ -19,8 +17,7 @@ import traceback
 from typing import Any, NoReturn
 
 from pipecompile.runtime.control import receive, send
-
-_PR_SET_PDEATHSIG = 1
+from pipecompile.runtime.lifeline import die_with, watch
 
 
 def main() -> NoReturn:
@@ -33,8 +30,8 @@ def main() -> NoReturn:
     boot = receive(control)
     if boot is None:
         os._exit(0)
-    _die_with(boot["parent"])
-    threading.Thread(target=_watch, args=(control, boot["parent"]), daemon=True).start()
+    die_with(boot["parent"])
+    threading.Thread(target=watch, args=(control, boot["parent"]), daemon=True).start()
     _leave(_serve(control, boot))
 
 
@@ -61,33 +58,6 @@ def _serve(control: socket.socket, boot: dict[str, Any]) -> int:
         with contextlib.suppress(OSError):
             send(control, {"kind": kind, "message": message, "trace": traceback.format_exc()})
     return 1
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends.
-
-    Needs no Python at that moment, so it also works while an extension hangs and holds the GIL,
-    in which ``_watch`` could not run.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(0)
-
-
-def _watch(control: socket.socket, parent: int) -> None:
-    """Leave at once when told to, or when the parent is gone; works while the main thread hangs.
-
-    The parent's process is watched as well as its socket: a child it forked may hold a copy of
-    the socket open.
-    """
-    poller = select.poll()
-    poller.register(control, select.POLLIN)
-    with contextlib.suppress(OSError):
-        poller.register(os.pidfd_open(parent), select.POLLIN)
-    if os.getppid() == parent:
-        poller.poll()
-    os._exit(0)
 
 
 def _leave(code: int) -> NoReturn:

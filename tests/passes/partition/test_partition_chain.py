@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import partition_oracles as oracles
@@ -101,4 +102,6 @@ def test_fewer_stages_are_reported() -> None:
     problem = Problem((1.0, 1.0, 1.0), ((0, 1), (1, 2)), values, (Place(),) * 3, Link(0.0, 1e3))
     solution = solve(problem)
     assert solution.placement.stage_of == (0, 1, 2)
-    assert solution.fewer == pytest.approx({1: 3.0, 2: 2.0})
+    assert solution.fewer == pytest.approx({2: 2.0})
+    slow = solve(replace(problem, link=Link(10.0, 1e3)))
+    assert slow.fewer == pytest.approx({1: 3.0, 2: 12.0})

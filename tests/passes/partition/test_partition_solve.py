@@ -56,19 +56,19 @@ def optimal(problem: Problem, solver: SolverName = "auto") -> None:
     assert solution.notes == ()
 
 
-@settings(RELAXED, max_examples=100)
-@given(problem=oracles.plain_problems(9))
+@settings(RELAXED, max_examples=70)
+@given(problem=oracles.plain_problems(8))
 def test_optimal_on_plain_problems(problem: Problem) -> None:
     optimal(problem)
 
 
-@settings(RELAXED, max_examples=150)
-@given(problem=oracles.problems(9))
+@settings(RELAXED, max_examples=60)
+@given(problem=oracles.problems(7))
 def test_optimal_with_all_features_at_once(problem: Problem) -> None:
     optimal(problem)
 
 
-@settings(RELAXED, max_examples=40)
+@settings(RELAXED, max_examples=25)
 @given(problem=oracles.problems(6))
 def test_the_integer_program_alone_agrees(problem: Problem) -> None:
     optimal(problem, "highs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipecompile.passes.partition.calibrate import calibrate
 from pipecompile.passes.partition.load import Verdict, judge
 from pipecompile.passes.partition.partition import ObjectiveName, Partition, Training, problem_of
 from pipecompile.passes.partition.problem import (
@@ -34,6 +35,7 @@ __all__ = [
     "Value",
     "Verdict",
     "Weight",
+    "calibrate",
     "judge",
     "problem_of",
     "solve",

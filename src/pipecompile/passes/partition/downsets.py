@@ -36,6 +36,11 @@ class Family:
         return len(self.member)
 
     @cached_property
+    def places(self) -> list[int] | None:
+        """Of a chain, the position of each layer in the order."""
+        return (self.size - self.member.sum(axis=0) - 1).tolist() if self.chain else None
+
+    @cached_property
     def ends(self) -> tuple[int, int]:
         """Which downset is empty and which is full."""
         sizes = self.member.sum(axis=1)
@@ -51,9 +56,10 @@ class Family:
 
     def total(self, amounts: Floats) -> Floats:
         """Sum of a per-layer amount over each downset. Shape (downsets,)."""
-        if self.chain:
-            order = np.argsort(-self.member.sum(axis=0), kind="stable")
-            return np.concatenate(([0.0], np.cumsum(amounts[order])))
+        if self.places is not None:
+            ordered = np.zeros(self.size)
+            ordered[np.asarray(self.places, dtype=np.intp) + 1] = amounts
+            return np.cumsum(ordered)
         return self.member @ amounts
 
 

@@ -107,7 +107,8 @@ def run_cbc(request: dict[str, Any]) -> Reply:
         program.solve(solver)
         told = re.search(r"^Lower bound:\s*(\S+)", log.read_text(), re.MULTILINE)
 
-    if program.sol_status == pulp.LpSolutionInfeasible:
+    # "Integer infeasible" reaches the one status, "Infeasible" the other too.
+    if pulp.LpStatusInfeasible == program.status or program.sol_status == pulp.LpSolutionInfeasible:
         return "infeasible", None, None
     values = [float(column.varValue or 0.0) for column in columns]
     solved = program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)

@@ -33,7 +33,7 @@ def build(
 
     ``empties``: stages may be empty (and are then no stages).
     """
-    model = Model(problem, arrangement, windows, SCALE / limit)
+    model = Model(problem, arrangement, windows, SCALE / limit, empties)
     model.column(min(floor * model.scale, SCALE), SCALE * (1 + ROOM))
     for v in range(problem.layers):
         for s in range(windows.first[v], windows.last[v]):

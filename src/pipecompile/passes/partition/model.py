@@ -45,6 +45,8 @@ class Model:
     arrangement: Arrangement
     windows: Windows
     scale: float
+    empties: bool = False
+    """Whether stages may be empty (and are then no stages)."""
     lower: list[float] = field(default_factory=list[float])
     upper: list[float] = field(default_factory=list[float])
     rows: list[Affine] = field(default_factory=list[Affine])
@@ -101,6 +103,8 @@ class Model:
 
     def positions(self, placement: Placement) -> Assignment | None:
         """Where this arrangement has the placement's stages; None if it is outside the model."""
+        if not self.empties and len(placement.devices) < len(self.arrangement):
+            return None
         at = list[int]()
         for devices in placement.devices:
             start = at[-1] + 1 if at else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
@@ -12,14 +13,17 @@ from numpy.typing import NDArray
 from pipecompile.passes.partition.classes import Classes, Group
 from pipecompile.passes.partition.downsets import Family, Floats
 from pipecompile.passes.partition.problem import Problem
-from pipecompile.passes.partition.terms import EDGES, Factors, Terms, dense, factors, terms_of
+from pipecompile.passes.partition.terms import EDGES, Band, Factors, Terms, factors, terms_of
 
 #: Pairs looked at together, which bounds the memory a block takes.
-BLOCK = 1 << 22
+BLOCK = 1 << 20
+
+#: Entries of the factors that make up the costs of all pairs, at most.
+MOST_FACTORS = 10_000_000
 
 
 class TooMany(Exception):
-    """There are more pairs than was allowed. Never leaves this package."""
+    """There are more pairs, or they take longer, than was allowed. Never leaves this package."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,19 +120,25 @@ class Pairs:
         return count[self.upper] - count[self.lower] > 0.5
 
 
-def pairs_of(problem: Problem, classes: Classes, family: Family, limit: float, most: int) -> Pairs:
+def pairs_of(
+    problem: Problem, classes: Classes, family: Family, limit: float, most: int, deadline: float = inf
+) -> Pairs:
     """All pairs whose load on some group of devices is at most ``limit`` seconds.
 
     Raises:
-        TooMany: if there are more than ``most``.
+        TooMany: if there are more than ``most``, or the clock (``time.perf_counter``) passes ``deadline``.
     """
     terms = terms_of(problem, family)
-    kinds = {kind for kind in terms.kinds if kind not in EDGES and (kind != "rings" or problem.limited)}
+    if not family.chain and len(terms.products) * family.size > MOST_FACTORS:
+        raise TooMany
+    wanted = {"bytes": True, "tied": bool(problem.memory.update_every)}
+    wanted["weights"] = problem.limited or wanted["tied"]
+    kinds = {kind for kind in terms.kinds if kind not in EDGES and wanted.get(kind, problem.limited)}
     counts = [kind for kind in EDGES if kind in terms.kinds] if classes.latency else []
     seconds = [family.total(problem.seconds(devices[0])) for devices in classes.members]
     widest = len(problem.places) if problem.replicas else 1
     chosen = _Selection(problem, classes, family, seconds, limit * widest)
-    blocks: Callable[[str, slice, slice], Floats] = (_dense if family.chain else _sparse)(family, terms)
+    blocks: Callable[[str, slice, slice], Floats] = (_banded if family.chain else _sparse)(family, terms)
     parts: list[tuple[NDArray[np.intp], NDArray[np.intp], list[Floats], Floats]] = []
     total = 0
     for rows, columns in chosen.blocks():
@@ -144,7 +154,7 @@ def pairs_of(problem: Problem, classes: Classes, family: Family, limit: float, m
         keep = chosen.affordable(upper, lower, edges, dict(zip(sorted(kinds), amounts, strict=True)))
         parts.append((upper[keep], lower[keep], [amount[keep] for amount in amounts], edges[keep]))
         total += int(np.count_nonzero(keep))
-        if total > most:
+        if total > most or time.perf_counter() > deadline:
             raise TooMany
     upper = np.concatenate([part[0] for part in parts] or [np.zeros(0, dtype=np.intp)])
     lower = np.concatenate([part[1] for part in parts] or [np.zeros(0, dtype=np.intp)])
@@ -216,13 +226,13 @@ class _Selection:
         return keep
 
 
-def _dense(family: Family, terms: Terms) -> Callable[[str, slice, slice], Floats]:
-    known: dict[str, Floats] = {}
+def _banded(family: Family, terms: Terms) -> Callable[[str, slice, slice], Floats]:
+    known: dict[str, Band] = {}
 
     def block(kind: str, rows: slice, columns: slice) -> Floats:
         if kind not in known:
-            known[kind] = dense(family, terms, kind)
-        return known[kind][rows, columns]
+            known[kind] = Band(family, terms, kind)
+        return known[kind].block(rows, columns)
 
     return block
 

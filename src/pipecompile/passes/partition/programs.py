@@ -21,7 +21,7 @@ from pipecompile.passes.partition.windows import Windows, stage_windows
 LARGEST_EXACT = 20_000
 
 #: Seconds for one small program over a few neighbouring stages.
-SPAN_SECONDS = 1.5
+SPAN_SECONDS = 3.0
 
 
 class Incumbent(Protocol):
@@ -112,7 +112,7 @@ class Programs:
             busiest = max(range(stages), key=lambda s: max(loads[d] for d in best.devices[s]))
             spans = [
                 (low, low + width - 1)
-                for width in (2, 3, 4)
+                for width in (2, 3, 4, 5)
                 for low in range(busiest - width + 1, busiest + 1)
                 if low >= 0 and low + width <= stages and (best, low, low + width - 1) not in tried
             ]
@@ -149,7 +149,7 @@ class Programs:
             if left <= 0:
                 return None
             try:
-                answer = self.engine.solve(self.names[0], model, start, left, search.gap)
+                answer = self.engine.solve(self.names[0], model, start, 0.95 * left, search.gap)
                 if answer.infeasible and start is not None:
                     raise SolverFailed("it calls a model infeasible that has a solution")
             except SolverFailed as error:

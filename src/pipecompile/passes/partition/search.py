@@ -18,6 +18,7 @@ from pipecompile.passes.partition.diagnose import explain
 from pipecompile.passes.partition.downsets import Family, all_downsets, chain, orders
 from pipecompile.passes.partition.dynamic import TIE, Dynamic, Outcome
 from pipecompile.passes.partition.load import Verdict, judge
+from pipecompile.passes.partition.even import even_cut
 from pipecompile.passes.partition.pairs import TooMany, pairs_of
 from pipecompile.passes.partition.problem import Arrangement, Placement, Problem
 from pipecompile.passes.partition.programs import Programs, Task
@@ -34,7 +35,7 @@ AGREE = 1e-6
 FEW_DOWNSETS, MOST_DOWNSETS = 5_000, 20_000
 
 #: Pairs of downsets kept at most, and pairs x transitions a dynamic program may take.
-MOST_PAIRS, MOST_WORK = 20_000_000, 400_000_000
+MOST_PAIRS, MOST_WORK = 8_000_000, 400_000_000
 
 #: Arrangements of unlike devices for which integer programs are solved at most.
 MOST_ARRANGEMENTS = 400
@@ -42,7 +43,7 @@ MOST_ARRANGEMENTS = 400
 
 #: Seconds for the first program of each order of the devices, and the share of what is left then
 #: that goes into improving the best plan.
-FIRST_TURN, POLISH = 0.5, 0.3
+FIRST_TURN, POLISH = 0.5, 0.5
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Solution:
     """The best placement found, what the judge says of it, and what is proved.
 
     ``bound`` is a proved lower bound of the objective of any feasible placement; ``fewer`` the
-    largest loads, by number of devices, of plans found with fewer devices (not proved).
+    largest loads, by number of devices, of plans found with fewer devices (not proved, and only
+    those that may be as good).
     """
 
     placement: Placement
@@ -72,13 +74,17 @@ class Solution:
         return max(0.0, 1 - self.bound / self.objective) if self.objective > 0 else 0.0
 
 
-def solve(problem: Problem, time_limit: float = 10.0, gap: float = 1e-4, solver: SolverName = "auto") -> Solution:
+def solve(
+    problem: Problem, time_limit: float = 10.0, gap: float = 1e-4, solver: SolverName = "auto", coarsen: int = 0
+) -> Solution:
     """Place the problem's layers.
 
     The dynamic programs along topological orders always run. The one over all downsets, where they
     are few, and the integer program get what is left of ``time_limit`` seconds and stop at a relative
     ``gap``. ``auto`` tries HiGHS, then CBC; ``highs`` and ``cbc`` leave out the program over all
-    downsets; ``none`` the integer program.
+    downsets; ``none`` the integer program. ``coarsen``: merge layers until so many groups are left,
+    plan those, and only improve the borders of that plan on the layers; the bound then is the plain
+    one of even shares.
 
     Raises:
         PlanError: if no placement meets the constraints (with the constraint and the amount), if
@@ -91,7 +97,11 @@ def solve(problem: Problem, time_limit: float = 10.0, gap: float = 1e-4, solver:
     started = time.perf_counter()
     contraction = forced(problem)
     search = _Search(contraction.problem, gap, started + time_limit)
-    search.run(solver)
+    if coarsen and contraction.problem.layers > coarsen:
+        search.coarse(solver, coarsen, 0.8)
+        search.polish(solver)
+    if search.best is None:
+        search.run(solver)
     if search.best is None:
         raise PlanError(explain(contraction.problem, search.short, search.proved))
     placement = contraction.expand(search.best)
@@ -136,19 +146,40 @@ class _Search:
 
     def run(self, solver: SolverName) -> None:
         """The methods in turn."""
-        for order in orders(self.problem):
+        tried = orders(self.problem)
+        even = even_cut(self.problem, next(arrangements(self.classes, empties=False)), tried[0])
+        if even is not None:
+            self.offer([even], "chain")
+        for order in tried:
             self._dynamic(chain(order), "chain")
             if self.closed:
                 return
         exhaustive = solver in ("auto", "none") and self.problem.chunks == 1
         done = exhaustive and self._downsets(FEW_DOWNSETS)
-        if self.closed or (done and self.best is None):
+        if self.closed or self.proved:
             return
         if solver != "none":
-            names: list[str] = [*SOLVERS] if solver == "auto" else [solver]
-            self._programs(names)
+            self._programs(solver)
         if exhaustive and not done and not self.closed and not self.proved and self.left > 0:
             self._downsets(MOST_DOWNSETS)
+
+    def coarse(self, solver: SolverName, most: int, share: float) -> None:
+        """Plan the problem with layers merged to ``most`` groups, in a share of the time left."""
+        from pipecompile.passes.coarsen import Coarsen
+
+        merged = Coarsen(most, share=4 / most).apply(self.problem)
+        if len(merged.groups) < self.problem.most_stages or len(merged.groups) == self.problem.layers:
+            return
+        search = _Search(merged.problem, self.gap, time.perf_counter() + share * self.left)
+        search.run(solver)
+        if search.best is not None and self.offer([merged.expand(search.best)], f"{search.name}, merged"):
+            self.notes.append(f"{self.problem.layers} layers were planned as {len(merged.groups)} groups first")
+
+    def polish(self, solver: SolverName) -> None:
+        """Improve the borders of the best plan in what time is left."""
+        if solver != "none" and not self.closed and self.left > 0:
+            with Programs(self, [*SOLVERS] if solver == "auto" else [solver], False) as programs:
+                programs.polish(self.deadline)
 
     def offer(self, candidates: Iterable[Placement], name: str) -> bool:
         """Judge candidates and keep the best. Whether the objective improved."""
@@ -177,7 +208,7 @@ class _Search:
         if problem.goal.kind == "latency":
             limit = min(limit, problem.goal.limit * (1 + TIE))
         try:
-            pairs = pairs_of(problem, self.classes, family, limit, MOST_PAIRS)
+            pairs = pairs_of(problem, self.classes, family, limit, MOST_PAIRS, inf if family.chain else self.deadline)
         except TooMany:
             return False
         runs: list[tuple[Dynamic, bool]] = []
@@ -224,8 +255,9 @@ class _Search:
         """A few arrangements, where there are too many to try them all."""
         yield from islice(arrangements(self.classes, empties=True), 8)
 
-    def _programs(self, names: list[str]) -> None:
+    def _programs(self, solver: SolverName) -> None:
         """Integer programs, one for each arrangement of the devices."""
+        names: list[str] = [*SOLVERS] if solver == "auto" else [solver]
         empties = self.problem.idle and not self.problem.positional
         found = list(islice(arrangements(self.classes, empties), MOST_ARRANGEMENTS + 1))
         complete = len(found) <= MOST_ARRANGEMENTS
@@ -237,13 +269,16 @@ class _Search:
         tasks = [Task(arrangement) for arrangement in found]
         with Programs(self, names, empties) as programs:
             for round in range(3):
-                # Unlike orders of devices take unlike time: a short turn each, then the easy ones first, so
-                # that the hard ones have what is left.
+                # A short turn each; then the best plan is improved; then the easy ones come first, so that
+                # the hard ones have what is left.
                 left = sorted((task for task in tasks if not task.done), key=lambda task: -task.bound)
                 for at, task in enumerate(left):
+                    if self.left <= 0:
+                        break
                     share = self.left * (1.0 if at == len(left) - 1 else 0.6)
-                    programs.run(task, min(share, FIRST_TURN) if round == 0 and len(tasks) > 1 else share)
-                if round == 0 and not self.closed:
+                    turn = FIRST_TURN if len(tasks) > 1 else max(FIRST_TURN, 0.1 * self.left)
+                    programs.run(task, min(share, turn) if round == 0 else share)
+                if round == 0 and not all(task.done for task in tasks) and programs.names:
                     programs.polish(time.perf_counter() + self.left * POLISH)
         if not all(task.done for task in tasks) and not self.closed and programs.names:
             self.notes.append("the time limit ended the search: this is the best plan found until then")

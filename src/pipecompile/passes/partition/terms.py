@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +22,16 @@ from pipecompile.passes.partition.downsets import Bools, Family, Floats
 from pipecompile.passes.partition.problem import HOST, Problem, Value
 
 
+#: Some of a family's downsets: flags, or in a chain the first one and the one after the last.
+Some = Bools | tuple[int, int]
+
+
 @dataclass(frozen=True, eq=False)
 class Term:
-    """``amounts[kind]`` for every pair with ``before[J]`` and ``upto[I]``."""
+    """``amounts[kind]`` for every pair with J in ``before`` and I in ``upto``."""
 
-    before: Bools
-    upto: Bools
+    before: Some
+    upto: Some
     amounts: dict[str, float]
 
 
@@ -55,6 +60,7 @@ EDGES = ("out", "in", "back_out", "back_in", "returns", "asks")
 def terms_of(problem: Problem, family: Family) -> Terms:
     """The costs of all stages that the family's downsets can bound."""
     found = Terms()
+    place = family.places
     rate, slots = problem.traffic.receive, problem.memory.slots
 
     def plain(kind: str, layer: int, amount: float) -> None:
@@ -80,6 +86,9 @@ def terms_of(problem: Problem, family: Family) -> Terms:
             "in": float(not value.backward),
             "back_out": float(value.gradient > 0),
         }
+        if place is not None and value.consumers and not value.backward:
+            _in_chain(found, place, family.size, value, leaving, entering)
+            continue
         for before, upto, sign in _leaves(family, value):
             found.products.append(_term(before, upto, {k: sign * a for k, a in leaving.items()}))
         found.products += [_term(b, u, entering) for b, u in _enters(family, value)]
@@ -109,7 +118,17 @@ def _all(flags: Bools) -> Bools:
     return np.asarray(flags.all(axis=1))
 
 
-def _term(before: Bools, upto: Bools, amounts: dict[str, float]) -> Term:
+def _in_chain(
+    found: Terms, place: list[int], size: int, value: Value, leaving: dict[str, float], entering: dict[str, float]
+) -> None:
+    """The products of a value in a chain, where all factors are intervals: the same as below, but quicker."""
+    made, readers = place[value.producer], sorted({place[layer] for layer in value.consumers})
+    found.products.append(_term((0, made + 1), (made + 1, readers[-1] + 1), leaving))
+    for before, reader in pairwise((made, *readers)):
+        found.products.append(_term((before + 1, reader + 1), (reader + 1, size), entering))
+
+
+def _term(before: Some, upto: Some, amounts: dict[str, float]) -> Term:
     return Term(before, upto, {kind: amount for kind, amount in amounts.items() if amount})
 
 
@@ -162,30 +181,58 @@ def _leaves(family: Family, value: Value) -> Iterator[tuple[Bools, Bools, float]
     yield ~made & ~_any(held), made & complete, -1.0
 
 
-def dense(family: Family, terms: Terms, kind: str) -> Floats:
-    """The amounts of one kind for all pairs of a chain. Shape (downsets I, downsets J)."""
-    size = family.size
-    grid = np.zeros((size + 1, size + 1))
-    for term in terms.products:
-        amount = term.amounts.get(kind)
-        if amount:
-            (a, b), (c, d) = _interval(term.before), _interval(term.upto)
-            grid[c, a] += amount
-            grid[c, b] -= amount
-            grid[d, a] -= amount
-            grid[d, b] += amount
-    amounts = grid.cumsum(axis=0).cumsum(axis=1)[:size, :size]
-    if kind in terms.plain:
-        total = family.total(terms.plain[kind])
-        amounts += total[:, None]
-        amounts -= total[None, :]
-    return amounts
+class Band:
+    """The amounts of one kind for blocks of pairs of a chain, asked for in order of rows.
+
+    Every product is a rectangle of pairs, entered with signs at its four corners; sums along both
+    axes fill it in. Only the columns asked for are filled.
+    """
+
+    def __init__(self, family: Family, terms: Terms, kind: str) -> None:
+        corners: list[tuple[int, int, float]] = []
+        for term in terms.products:
+            amount = term.amounts.get(kind)
+            if amount:
+                (a, b), (c, d) = _interval(term.before), _interval(term.upto)
+                corners += [(c, a, amount), (c, b, -amount), (d, a, -amount), (d, b, amount)]
+        corners.sort()
+        table = np.array(corners).reshape(-1, 3)
+        self.rows, self.columns = table[:, 0].astype(np.intp), table[:, 1].astype(np.intp)
+        self.amounts = table[:, 2]
+        self.above = np.zeros(family.size + 1)
+        self.done, self.at = 0, 0
+        self.total = family.total(terms.plain[kind]) if kind in terms.plain else None
+
+    def block(self, rows: slice, columns: slice) -> Floats:
+        """Amounts of a block of pairs. Shape (rows, columns)."""
+        if rows.start < self.done:
+            raise ValueError("blocks must be asked for in order of rows")
+        start, end = np.searchsorted(self.rows, (rows.start, rows.stop))
+        skipped = slice(self.at, start)
+        np.add.at(self.above, self.columns[skipped], self.amounts[skipped])
+        grid = np.zeros((rows.stop - rows.start, columns.stop - columns.start))
+        grid[0] = self.above[columns]
+        grid[0, 0] += self.above[: columns.start].sum()
+        here = slice(start, end)
+        inside = self.columns[here] < columns.stop
+        column = np.maximum(self.columns[here][inside] - columns.start, 0)
+        np.add.at(grid, (self.rows[here][inside] - rows.start, column), self.amounts[here][inside])
+        np.add.at(self.above, self.columns[here], self.amounts[here])
+        self.done, self.at = rows.stop, end
+        np.cumsum(grid, axis=0, out=grid)
+        np.cumsum(grid, axis=1, out=grid)
+        if self.total is not None:
+            grid += self.total[rows, None]
+            grid -= self.total[None, columns]
+        return grid
 
 
-def _interval(flags: Bools) -> tuple[int, int]:
+def _interval(some: Some) -> tuple[int, int]:
     """The first true position and the one after the last: in a chain the true ones are consecutive."""
-    first = int(flags.argmax())
-    return (first, first + int(np.count_nonzero(flags))) if flags[first] else (0, 0)
+    if isinstance(some, tuple):
+        return some
+    first = int(some.argmax())
+    return (first, first + int(np.count_nonzero(some))) if some[first] else (0, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,6 +259,8 @@ def factors(family: Family, terms: Terms, kind: str) -> Factors:
         amount = term.amounts.get(kind)
         if not amount:
             continue
+        assert not isinstance(term.before, tuple)
+        assert not isinstance(term.upto, tuple)
         key = np.packbits(term.before).tobytes()
         firsts[key] = term.before
         sums[key] = np.asarray(sums.get(key, 0.0) + amount * term.upto, dtype=np.float64)
@@ -223,4 +272,4 @@ def factors(family: Family, terms: Terms, kind: str) -> Factors:
     return Factors(np.ascontiguousarray(before), np.ascontiguousarray(np.stack(list(sums.values()), axis=1)), total)
 
 
-__all__ = ["EDGES", "Factors", "Term", "Terms", "dense", "factors", "terms_of"]
+__all__ = ["EDGES", "Band", "Factors", "Term", "Terms", "factors", "terms_of"]

@@ -1,0 +1,129 @@
+"""Does the simulator predict what a pipeline does?
+
+    python -m bench.predict [--rounds 4] [--seconds 0.6] [--stages 2 3] [--half] [--models ...]
+
+The prediction is made when the pipeline is compiled, from stages timed alone, and written down
+before any sample runs through it. Cores are faster or slower from minute to minute, so both are
+taken relative to eager on one thread: predicted period / profiled total against measured period /
+eager in the same turns. Three forced cuts of each model (the chosen one and the boundary moved by a
+sixth of the cost either way) are ranked by both. With ``--half`` a process that only burns time
+shares the last core, and the cluster says that device has half the speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice, pairwise, repeat
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import pipecompile
+from bench.models import MODELS, build
+from bench.processes import EagerProcess
+from bench.stream import stream_rate
+
+
+@contextmanager
+def burning(core: int) -> Iterator[None]:
+    """A process that takes half of a core from whoever else runs there."""
+    process = multiprocessing.get_context("spawn").Process(target=_burn, args=(core,), daemon=True)
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join(5)
+
+
+def _burn(core: int) -> None:
+    os.sched_setaffinity(0, [core])
+    while True:
+        pass
+
+
+def cuts(pipe: Any, share: float) -> dict[str, str]:
+    """Every layer pinned, with the boundary moved so that ``share`` of the layers' cost changes sides."""
+    names = pipe.plan.layer_names
+    order = [layer for stage in pipe.plan.stages for layer in stage.layers]
+    boundary = len(pipe.plan.stages[0].layers)
+    moved = max(1, round(abs(share) * len(order)))
+    at = min(len(order) - 1, max(1, boundary + (moved if share > 0 else -moved)))
+    return {names[layer]: f"cpu:{int(place >= at)}" for place, layer in enumerate(order)}
+
+
+def predicted(pipe: Any) -> float:
+    """Period of the simulated stream against the time of the whole model."""
+    return pipe.simulate(96).period / pipe.plan.total
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=0.6)
+    parser.add_argument("--stages", type=int, nargs="*", default=[2, 3])
+    parser.add_argument("--half", action="store_true")
+    parser.add_argument("--models", nargs="*", default=list(MODELS)[:6])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    table = Table("model", "plan", "predicted", "measured", "error")
+    table.title = f"period / eager on one thread, {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores" + (
+        ", the last at half speed" if options.half else ""
+    )
+    errors: list[float] = []
+    right = pairs = 0
+    for name in options.models:
+        model, example = build(name)
+        with ExitStack() as stack:
+            eager = stack.enter_context(EagerProcess(name, [0], 1))
+            pipes: dict[str, Any] = {}
+            for stages in options.stages:
+                cluster: Any = stages
+                if options.half:
+                    devices = [pipecompile.Device(f"cpu:{i}", core=i % 2) for i in range(stages)]
+                    devices[-1] = pipecompile.Device(f"cpu:{stages - 1}", core=1, speed=0.5)
+                    cluster = pipecompile.Cluster(tuple(devices))
+                pipes[f"{stages} stages"] = stack.enter_context(pipecompile.compile(model, example, devices=cluster))
+            first = next(iter(pipes.values()))
+            if len(first.plan.stages) == 2:
+                for share in (-1 / 6, 1 / 6):
+                    forced = pipecompile.compile(model, example, devices=first.plan.cluster, pin=cuts(first, share))
+                    pipes[f"2 stages, boundary moved {share:+.2f}"] = stack.enter_context(forced)
+            frozen = {plan: predicted(pipe) for plan, pipe in pipes.items()}
+            if options.half:
+                stack.enter_context(burning(1))
+            measured: dict[str, list[float]] = {plan: [] for plan in pipes}
+            for pipe in pipes.values():
+                list(pipe.stream(islice(repeat(example), 10)))
+            for _ in range(options.rounds):
+                one = eager.run(options.seconds)
+                for plan, pipe in pipes.items():
+                    measured[plan].append(one / stream_rate(pipe, example, options.seconds))
+        found = {plan: float(np.median(seen)) for plan, seen in measured.items()}
+        for plan in pipes:
+            error = frozen[plan] / found[plan] - 1
+            errors.append(abs(error))
+            table.add_row(name, plan, f"{frozen[plan]:.3f}", f"{found[plan]:.3f}", f"{error:+.1%}")
+        two = sorted((plan for plan in pipes if plan.startswith("2")), key=frozen.__getitem__)
+        pairs += len(two) - 1
+        # Predictions closer than the noise of the measurement rank nothing.
+        right += sum(found[a] <= found[b] * 1.02 for a, b in pairwise(two))
+    console = Console(width=120)
+    console.print(table)
+    console.print(
+        f"error: median {np.median(errors):.1%}, worst {max(errors):.1%}; "
+        f"{right} of {pairs} neighbouring cuts ranked rightly"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""``schedule="auto"``: simulate what fits, take the fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipecompile.errors import PlanError
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Program
+from pipecompile.ir.training import StageCost, kept_at_once
+from pipecompile.simulate.step import simulate_step
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule with the plan made for it, its lowered program and the measured costs of its stages."""
+
+    name: str
+    plan: Plan
+    program: Program
+    costs: tuple[StageCost, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Simulated length of one step."""
+        return simulate_step(self.program, self.costs, self.plan.cluster.link, cluster=self.plan.cluster).finishes[0]
+
+    @property
+    def memory(self) -> int:
+        """The most activations in bytes that one device keeps at a time."""
+        return int(max(kept_at_once(self.program, [cost.kept for cost in self.costs]), default=0.0))
+
+
+@dataclass(frozen=True)
+class ChooseStep:
+    """Take the candidate whose simulated step is shortest among those that keep at most ``memory_limit`` bytes."""
+
+    memory_limit: int | None = None
+
+    def apply(self, candidates: Sequence[Candidate]) -> Candidate:
+        """The choice.
+
+        Raises:
+            PlanError: if none fits; the message says what each would need.
+        """
+        fitting = [c for c in candidates if self.memory_limit is None or c.memory <= self.memory_limit]
+        if not fitting:
+            needs = ", ".join(f"{c.name} {c.memory:,}" for c in sorted(candidates, key=lambda c: c.memory))
+            raise PlanError(
+                f"no schedule keeps its activations within memory_limit={self.memory_limit:,} bytes a device; they "
+                f"need: {needs}. Use more micro-batches or devices, or a higher limit"
+            )
+        return min(fitting, key=lambda c: (c.seconds, c.memory))
+
+
+__all__ = ["Candidate", "ChooseStep"]

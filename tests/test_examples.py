@@ -1,0 +1,49 @@
+"""Every program of ``examples/`` runs as its first lines say, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pages import ROOT
+
+EXAMPLES = ROOT / "examples"
+
+RUNS: dict[str, tuple[list[str], str]] = {
+    "decorator.py": (["--samples", "12"], "12 results, every bit as plain PyTorch"),
+    "live_source.py": (["--seconds", "1.5"], "of 360 frames"),
+    "own_pass.py": ([], "the pipeline gives what the model gives"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(RUNS))
+def test_example(name: str, tmp_path: Path) -> None:
+    words, said = RUNS[name]
+    done = run(name, words, tmp_path, 150)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    done = run("demo_video.py", ["--frames", "20", "--rounds", "1"], tmp_path, 400)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_example_is_run() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*RUNS, "demo_video.py"}
+
+
+def run(name: str, words: list[str], folder: Path, timeout: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
