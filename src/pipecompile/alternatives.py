@@ -28,7 +28,7 @@ _WORTH = 1.05
 
 @dataclass(frozen=True)
 class Alternative:
-    """One number of stages. ``throughput`` in samples a second, latencies (medians) in seconds.
+    """One way to use a number of devices. ``throughput`` in samples a second, latencies (medians) in seconds.
 
     ``latency`` is that of a sample alone, ``loaded_latency`` that of a sample in a full pipeline.
     """
@@ -42,7 +42,10 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Alternatives:
-    """All of them, by number of stages. ``eager`` is the seconds the model itself takes on one thread."""
+    """All of them, by number of devices, stages before replicas.
+
+    ``eager`` is the seconds the model itself takes on one thread.
+    """
 
     model: str
     eager: float
@@ -50,11 +53,13 @@ class Alternatives:
 
     @property
     def best(self) -> Alternative | None:
-        """The fewest stages that come within 5% of the highest throughput; None if the model itself does."""
+        """The fewest devices that come within 5% of the highest throughput; None if the model itself does."""
         highest = max(alternative.throughput for alternative in self.each)
         if highest * self.eager < _WORTH:
             return None
-        return next(alternative for alternative in self.each if alternative.throughput * _WORTH >= highest)
+        close = [alternative for alternative in self.each if alternative.throughput * _WORTH >= highest]
+        fewest = min(len(alternative.plan.loads) for alternative in close)
+        return max((a for a in close if len(a.plan.loads) == fewest), key=lambda a: a.throughput)
 
     @property
     def advice(self) -> str:
@@ -65,12 +70,13 @@ class Alternatives:
                 "One device is as fast or faster: handing samples on would cost what working side by side gains. "
                 "Call the model itself, or compile with --devices 1."
             )
-        stages, gain = len(best.plan.stages), best.throughput * self.eager
-        if best is asked:
-            return f"{stages} stages are the fastest: {gain:.2f}x the samples a second of the model itself."
+        gain, several = best.throughput * self.eager, len(best.plan.loads) > 1
+        if len(best.plan.loads) == len(asked.plan.loads):
+            how = " Compile with replicate=True." if best.plan.replicated else ""
+            return f"{best.plan.shape} are the fastest: {gain:.2f}x the samples a second of the model itself.{how}"
         return (
-            f"{stages} stage{'s are' if stages > 1 else ' is'} enough ({gain:.2f}x the model itself): "
-            f"{len(asked.plan.stages)} would give {asked.throughput / best.throughput:.2f}x of that."
+            f"{best.plan.shape} {'are' if several else 'is'} enough ({gain:.2f}x the model itself): "
+            f"{asked.plan.shape} would give {asked.throughput / best.throughput:.2f}x of that."
         )
 
 
@@ -91,6 +97,7 @@ def alternatives(
 ) -> Alternatives:
     """Plan ``model`` for one device, two, and so on up to ``devices``; arguments as for :func:`compile`.
 
+    Where copies of stages can be better, the best plan with them stands beside that without.
     ``samples`` is how many the simulator runs for each.
 
     Raises:
@@ -111,8 +118,11 @@ def alternatives(
     found: list[Alternative] = []
     for stages in range(1, count + 1):
         tell(f"{stages} stages" if stages > 1 else "1 stage", 0.4 + 0.6 * (stages - 1) / count)
-        plan = compiler.plan(profile, replace(cluster, devices=cluster.devices[:stages], link=profile.link))
-        found.append(_alternative(plan, compiler.program(plan), samples))
+        part = replace(cluster, devices=cluster.devices[:stages], link=profile.link)
+        plans = [compiler.plan(profile, part)]
+        if stages > 1:
+            plans += [p for p in [compiler.plan(profile, part, replicas=True)] if p.replicated]
+        found += [_alternative(plan, compiler.program(plan), samples) for plan in plans]
     tell("done", 1.0)
     return Alternatives(traced.graph.name, profile.total, tuple(found))
 

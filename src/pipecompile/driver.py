@@ -37,6 +37,7 @@ from pipecompile.passes.verify import Verify
 from pipecompile.runtime.batches import Reduction
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.update import OptimizerFactory
+from pipecompile.simulate import simulate
 from pipecompile.streams.engine import ExecutorName, OnFailure
 from pipecompile.streams.entrance import Overload
 from pipecompile.train_driver import ScheduleName, compile_training
@@ -60,6 +61,7 @@ def compile(
     executor: ExecutorName = "process",
     pin: Mapping[str, str | Sequence[str]] | None = None,
     colocate: Sequence[str | Sequence[str]] = (),
+    replicate: bool = False,
     objective: ObjectiveName | tuple[ObjectiveName, float] = "throughput",
     memory: float | str | Mapping[str, float | str] | None = None,
     time_limit: float = 10.0,
@@ -119,6 +121,7 @@ def compile(
     executor: ExecutorName = "process",
     pin: Mapping[str, str | Sequence[str]] | None = None,
     colocate: Sequence[str | Sequence[str]] = (),
+    replicate: bool = False,
     objective: ObjectiveName | tuple[ObjectiveName, float] = "throughput",
     memory: float | str | Mapping[str, float | str] | None = None,
     time_limit: float = 10.0,
@@ -154,6 +157,9 @@ def compile(
         pin: layers that must run on a device: ``{"encoder.*": "cpu:0"}``, patterns of layer names or
             module paths to a device's name or several.
         colocate: patterns whose layers share a stage: ``["encoder.0.*", ["embed", "head"]]``.
+        replicate: whether a stage may have copies on several devices, which take samples in turn (at
+            the cost of its weights in each one's caches). Both the best plan with copies and the best
+            without are measured, and the faster one by simulation is taken.
         objective: ``"throughput"`` (the busiest device's time per sample), ``"latency"`` (one
             sample's time through all stages), or ``("throughput", 0.02)``: the same, while the other
             stays at most so many seconds.
@@ -208,8 +214,10 @@ def compile(
     if mode == "train":
         if dynamic_shapes is not None:
             raise InputError("dynamic_shapes is for inference; in training only the batch size may change")
-        if pin or colocate or objective != "throughput":
-            raise InputError("pin=, colocate= and objective= are for inference; training balances all stages itself")
+        if pin or colocate or replicate or objective != "throughput":
+            raise InputError(
+                "pin=, colocate=, replicate= and objective= are for inference; training balances all stages itself"
+            )
         if (on_overload, max_in_flight, deadline, on_failure) != ("block", None, None, "raise"):
             raise InputError(
                 "on_overload=, max_in_flight=, deadline= and on_failure= are for streams, not mode='train'"
@@ -233,8 +241,8 @@ def compile(
     tell("partition", 0.6)
     if cluster.link == Link():
         cluster = replace(cluster, link=profile.link)
-    plan = compiler.plan(profile, cluster)
-    if len(plan.stages) < len(cluster.devices):
+    plan = compiler.fastest(profile, cluster) if replicate else compiler.plan(profile, cluster)
+    if len(plan.loads) < len(cluster.devices):
         warnings.warn("; ".join(plan.notes), PipecompileWarning, stacklevel=2)
     tell("codegen", 0.9)
     package = compiler.package(plan, tuple(imports))
@@ -371,11 +379,11 @@ class Compiler:
         (now,) = self.measure.functions([job], self.seconds / 8)
         return now < 0.9 * profile.total
 
-    def plan(self, profile: Profile, cluster: Cluster) -> Plan:
-        """The best cut for all devices of a cluster, its stages timed."""
+    def plan(self, profile: Profile, cluster: Cluster, *, replicas: bool = False) -> Plan:
+        """The best cut for all devices of a cluster, its stages timed. ``replicas``: stages may have copies."""
         traced = self.traced
 
-        partition = replace(self.partition, stages=len(cluster.devices))
+        partition = replace(self.partition, stages=len(cluster.devices), replicas=replicas)
 
         def cut(profile: Profile) -> Plan:
             return partition.apply(traced.graph, profile, cluster)
@@ -383,6 +391,20 @@ class Compiler:
         return Refine(budget=self.seconds / 4).apply(
             traced.graph, traced.module, traced.tensors, self.leaves, profile, cut, self.program, self.measure
         )
+
+    def fastest(self, profile: Profile, cluster: Cluster, samples: int = 64) -> Plan:
+        """The better of the best plan with and the best without replicas, by simulation of what was measured.
+
+        Each is judged by its gain over the whole model, which was timed in turns with its stages: the
+        machine may have changed its speed between the two.
+        """
+        plans = [self.plan(profile, cluster), self.plan(profile, cluster, replicas=True)]
+        gains = [simulate(self.program(p), p, cluster.link, samples).throughput * p.total for p in plans]
+        if not plans[1].replicated:
+            return plans[0]
+        best = gains.index(max(gains))
+        counts = [f"{plan.shape} {gain:.2f}x the model itself" for plan, gain in zip(plans, gains, strict=True)]
+        return replace(plans[best], notes=(*plans[best].notes, f"by simulation {counts[0]}, {counts[1]}"))
 
     def program(self, plan: Plan) -> Program:
         """The verified stream program of a plan."""

@@ -294,4 +294,4 @@ class InferencePipeline(nn.Module):
     def extra_repr(self) -> str:
         """Model, stages and devices."""
         devices = ", ".join(device.name for device in self.plan.cluster.devices)
-        return f"{self._package.model}, {len(self.plan.stages)} stages on {devices}"
+        return f"{self._package.model}, {self.plan.shape} on {devices}"

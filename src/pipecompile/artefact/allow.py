@@ -22,6 +22,7 @@ _NODES = (
     *(ast.For, ast.If, ast.Break, ast.With, ast.withitem, ast.Yield, ast.IfExp, ast.Import, ast.ImportFrom, ast.alias),
     *(ast.Call, ast.keyword, ast.Attribute, ast.Name, ast.Load, ast.Store, ast.Del, ast.Constant, ast.Tuple, ast.List),
     *(ast.Dict, ast.Subscript, ast.Slice, ast.Starred, ast.UnaryOp, ast.USub, ast.BinOp, ast.Add),
+    *(ast.Mod, ast.FloorDiv),
     *(ast.Compare, ast.Is, ast.Eq),
 )
 
@@ -43,6 +44,7 @@ _REFUSED = _words("from_file _sparse_coo_tensor_unsafe _sparse_compressed_tensor
 _MATH = _words("ceil floor trunc sqrt inf nan")
 _BUILTINS = _words("complex slice range")
 _MODULE_NAMES = _words("torch aten operator math count link")
+_OPENERS = ("link.receiver", "link.sender")
 _LINK = _words("state receiver sender")
 _PORT = _words("post put end")
 
@@ -137,7 +139,10 @@ class _Checker(ast.NodeVisitor):
             raise self.refuse(node, f"the name {name!r}")
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        path = ast.unparse(node)
+        path, owner = ast.unparse(node), node.value
+        if isinstance(owner, ast.Subscript) and isinstance(owner.value, ast.Name) and owner.value.id in self.ports:
+            self.visit(owner.slice)
+            path = f"{owner.value.id}.{node.attr}"
         if not self._allowed_path(path):
             raise self.refuse(node, f"{path!r}")
 
@@ -196,13 +201,13 @@ class _Checker(ast.NodeVisitor):
 
 
 def _ports(function: ast.FunctionDef) -> set[str]:
-    """Variables that hold an end of a channel and never anything else."""
+    """Variables that hold an end of a channel, or a list of those of replicas, and never anything else."""
     opened: list[str] = []
     for node in ast.walk(function):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-            (target, *rest), callee = node.targets, ast.unparse(node.value.func)
-            if callee in ("link.receiver", "link.sender") and isinstance(target, ast.Name) and not rest:
-                opened.append(target.id)
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            calls = node.value.elts if isinstance(node.value, ast.List) else [node.value]
+            if calls and all(isinstance(c, ast.Call) and ast.unparse(c.func) in _OPENERS for c in calls):
+                opened.append(node.targets[0].id)
     stored = [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
     return {name for name in opened if stored.count(name) == opened.count(name)}
 

@@ -64,7 +64,15 @@ def _package(folder: Path, manifest: dict[str, Any], trust: bool) -> tuple[Packa
         source = file.read_text()
         check_source(source, str(file), trust=trust)
         modules.append(
-            DeviceModule(entry["device"], tuple(entry["stages"]), source, str(file.resolve()), tuple(entry["state"]))
+            DeviceModule(
+                entry["device"],
+                tuple(entry["stages"]),
+                source,
+                str(file.resolve()),
+                tuple(entry["state"]),
+                entry["replica"],
+                entry["replicas"],
+            )
         )
     state_fields = StateSpec.__dataclass_fields__
     package = Package(

@@ -66,7 +66,14 @@ def _write(package: Package, tensors: Mapping[str, torch.Tensor], folder: Path, 
         "torch": torch.__version__,
         "model": package.model,
         "modules": [
-            {"device": m.device, "stages": list(m.stages), "file": Path(m.filename).name, "state": list(m.state)}
+            {
+                "device": m.device,
+                "stages": list(m.stages),
+                "file": Path(m.filename).name,
+                "state": list(m.state),
+                "replica": m.replica,
+                "replicas": m.replicas,
+            }
             for m in package.modules
         ],
         "state": [{**vars(entry), **layout[entry.name]} for entry in package.state],

@@ -85,7 +85,7 @@ def print_plan(plan: Plan) -> None:
     for stage in plan.stages:
         table.add_row(
             str(stage.index),
-            plan.cluster.devices[stage.device].name,
+            ", ".join(plan.cluster.devices[device].name for device in stage.devices),
             str(len(stage.layers)),
             ms(stage.seconds),
             "-" if stage.measured is None else ms(stage.measured),

@@ -18,7 +18,8 @@ _HELP = f"""Say what compiling a model would decide, and what it would bring, be
 {FACTORY_HELP}
 
 The model is traced and timed as by `compile`, and cut for one device, two, and so on up to
---devices. Each cut is measured stage by stage and simulated. Nothing is written.
+--devices, and with copies of stages where that may be faster. Each cut is
+measured stage by stage and simulated. Nothing is written.
 
 \b
 Examples:
@@ -60,9 +61,8 @@ def _print(found: Alternatives) -> None:
     table.add_row("the model itself", f"{1 / found.eager:,.1f}", "1.00x", ms(found.eager), ms(found.eager), "", "")
     best = found.best
     for each in found.each:
-        stages = len(each.plan.stages)
         table.add_row(
-            f"{stages} stage{'s' * (stages > 1)}",
+            each.plan.shape,
             f"{each.throughput:,.1f}",
             f"{each.throughput * found.eager:.2f}x",
             ms(each.latency),
@@ -73,7 +73,7 @@ def _print(found: Alternatives) -> None:
         )
     out().print(table)
     click.echo(found.advice)
-    click.echo(f"\nThe plan for {len(found.each[-1].plan.stages)}:")
+    click.echo(f"\nThe plan for {found.each[-1].plan.shape}:")
     print_plan(found.each[-1].plan)
     for note in found.each[-1].plan.notes:
         click.echo(f"note: {note}")
@@ -88,6 +88,7 @@ def _data(found: Alternatives) -> dict[str, Any]:
         "alternatives": [
             {
                 "stages": len(each.plan.stages),
+                "devices": len(each.plan.loads),
                 "samples_per_second": each.throughput,
                 "latency_seconds": each.latency,
                 "latency_under_load_seconds": each.loaded_latency,

@@ -1,8 +1,8 @@
 """What a generated device module asks of the runtime that drives it.
 
-``run(link, start)`` of a device module is a generator; ``start`` is the first sample, and only at 0
-does it warm up: the runtime begins anew with ``n + 1`` when sample ``n`` has raised. Each
-``yield port`` hands control to whoever drives it until the port is ready: a worker process blocks,
+``run(link, start)`` of a device module is a generator; ``start`` is the first sample, and only at the
+very first of the device does it warm up: the runtime begins anew with the next one when a sample
+has raised. Each ``yield port`` hands control to whoever drives it until the port is ready: a worker process blocks,
 the inline executor runs another device meanwhile. ``yield receiver`` gives back the values of the
 next message, or ``None`` when the stream has ended; ``yield sender`` gives back ``None`` once the
 receiver has posted a slot.
@@ -44,7 +44,7 @@ class Sender(Port, Protocol):
         ...
 
     def end(self) -> None:
-        """Tell the receiver that no message follows the last one put (needs a posted slot)."""
+        """Tell the receiver that no message follows the last one put. Never blocks."""
         ...
 
 

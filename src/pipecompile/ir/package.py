@@ -16,7 +16,8 @@ class DeviceModule:
     """The generated Python module of one device.
 
     ``state`` lists, by placeholder name, the tensors ``link.state()`` must return, in order.
-    ``filename`` is what tracebacks show; it exists on disk only for a saved pipeline.
+    ``filename`` is what tracebacks show; it exists on disk only for a saved pipeline. It handles the
+    samples ``replica``, ``replica + replicas`` and so on.
     """
 
     device: int
@@ -24,6 +25,8 @@ class DeviceModule:
     source: str
     filename: str
     state: tuple[str, ...]
+    replica: int = 0
+    replicas: int = 1
 
 
 @dataclass(frozen=True)

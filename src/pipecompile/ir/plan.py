@@ -73,6 +73,21 @@ class Plan:
         return found
 
     @property
+    def replicated(self) -> bool:
+        """Whether any stage is on several devices."""
+        return any(stage.replicas for stage in self.stages)
+
+    @property
+    def shape(self) -> str:
+        """How many stages and copies of them, in words: ``2 stages``, ``2 replicas``, ``2 stages (1 + 3 devices)``."""
+        copies = [len(stage.devices) for stage in self.stages]
+        if max(copies) == 1:
+            return f"{len(copies)} stage{'s' * (len(copies) > 1)}"
+        if len(copies) == 1:
+            return f"{copies[0]} replicas"
+        return f"{len(copies)} stages ({' + '.join(map(str, copies))} devices)"
+
+    @property
     def slowest(self) -> float:
         """Load of the busiest device: seconds per sample in steady state."""
         return max(self.loads.values())

@@ -11,9 +11,13 @@ updates the weights of stage 0.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, Literal
 
 from pipecompile.errors import ProgramError
@@ -44,7 +48,10 @@ _OPS = "|".join(sorted(Op, key=len, reverse=True))
 
 @dataclass(frozen=True)
 class Instruction:
-    """One step of a device. In a loop body ``sample`` is relative to the loop's sample.
+    """One step of a device. In a loop body ``sample`` is relative, counted in turns of the loop.
+
+    ``edge`` names the stages it joins; which ring of several between replicas is meant follows
+    from the sample (see :attr:`Edge.between`).
 
     ``RECV`` posts a ring slot for a message (it never blocks by itself); ``FORWARD`` waits for
     the posted messages of its sample, computes, and thereby frees their slots; ``SEND`` waits
@@ -78,11 +85,16 @@ class Instruction:
 class Edge:
     """A ring of ``slots`` messages from one stage (or HOST) to another. One message a sample.
 
-    ``values`` travel together; ``ahead`` is how many messages beyond the one in use are posted.
-    In training, an edge to an earlier stage carries gradients: ``values`` names what they are the
-    gradients of. An edge of kind ``tied`` carries one message a step, the gradients summed over
-    all micro-batches of the weights named. Between stages of one device nothing travels, and the
-    edge has no slots.
+    ``values`` travel together; ``ahead`` is how many turns before the one that reads it a message
+    is posted. In training, an edge to an earlier stage carries gradients: ``values`` names what
+    they are the gradients of. An edge of kind ``tied`` carries one message a step, the gradients
+    summed over all micro-batches of the weights named. Between stages of one device nothing
+    travels, and the edge has no slots.
+
+    Replicas of a stage are dealt samples in turn: sample ``n`` goes from replica ``n % a`` of ``a``
+    at the source to replica ``n % b`` of ``b`` at the target. Each pair between which a sample ever
+    travels, those that agree modulo ``gcd(a, b)``, has a ring of its own; it carries every
+    ``lcm(a, b)``-th sample. The caller is one replica.
     """
 
     source: int
@@ -92,11 +104,50 @@ class Edge:
     ahead: int
     slots: int
     kind: Literal["", "tied"] = ""
+    source_replica: int = 0
+    source_replicas: int = 1
+    target_replica: int = 0
+    target_replicas: int = 1
+
+    @property
+    def between(self) -> str:
+        """The stages it joins, ``0>1``; the caller's side is ``host``. All rings of replicas share this."""
+        return f"{_end(self.source)}>{_end(self.target)}" + (f":{self.kind}" if self.kind else "")
 
     @property
     def name(self) -> str:
-        """``0>1``; the caller's side is ``host``."""
-        return f"{_end(self.source)}>{_end(self.target)}" + (f":{self.kind}" if self.kind else "")
+        """``0>1``, and where an end is one of several replicas, which of them: ``0.1>1``."""
+        source = _end(self.source, self.source_replica, self.source_replicas)
+        target = _end(self.target, self.target_replica, self.target_replicas)
+        return f"{source}>{target}" + (f":{self.kind}" if self.kind else "")
+
+    @cached_property
+    def stride(self) -> int:
+        """From one sample it carries to the next."""
+        return math.lcm(self.source_replicas, self.target_replicas)
+
+    @cached_property
+    def first(self) -> int:
+        """The first sample it carries.
+
+        Raises:
+            ProgramError: if it would carry none.
+        """
+        for sample in range(self.stride):
+            if sample % self.source_replicas == self.source_replica and (
+                sample % self.target_replicas == self.target_replica
+            ):
+                return sample
+        raise ProgramError(f"edge {self.name} joins replicas that share no sample")
+
+    @property
+    def reach(self) -> int:
+        """Samples from a message to the one that takes its slot over."""
+        return self.slots * self.stride
+
+    def carries(self, sample: int) -> bool:
+        """Whether the message of that sample travels here."""
+        return sample % self.stride == self.first
 
     @property
     def backward(self) -> bool:
@@ -111,9 +162,10 @@ class Edge:
 
 @dataclass(frozen=True)
 class DeviceProgram:
-    """Instructions of one device: ``warm_up`` once, ``body`` once a sample, ``drain`` once.
+    """Instructions of one device: ``warm_up`` once, ``body`` once a turn, ``drain`` once.
 
-    ``stages`` run on this device. A closed schedule (a training step) is all warm-up.
+    ``stages`` run on this device, of which it is one of ``replicas``: its turns are for the samples
+    ``replica``, ``replica + replicas`` and so on. A closed schedule (a training step) is all warm-up.
     """
 
     device: int
@@ -121,6 +173,8 @@ class DeviceProgram:
     warm_up: tuple[Instruction, ...]
     body: tuple[Instruction, ...]
     drain: tuple[Instruction, ...] = ()
+    replica: int = 0
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -152,19 +206,38 @@ class Program:
                 return edge
         raise ProgramError(f"the program has no edge {name!r}")
 
+    def rings(self, between: str) -> tuple[Edge, ...]:
+        """All rings between two stages, one unless a stage is replicated.
+
+        Raises:
+            ProgramError: if there is none.
+        """
+        found = tuple(edge for edge in self.edges if edge.between == between)
+        if not found:
+            raise ProgramError(f"the program has no edge {between!r}")
+        return found
+
     def unroll(self, samples: int) -> tuple[tuple[Instruction, ...], ...]:
         """Per device the instructions for a stream of ``samples`` samples, numbered absolutely.
 
-        Receives posted ahead beyond the end of the stream are left out.
+        They name the very ring. Receives posted ahead beyond the end of the stream are left out.
         """
+        rings: defaultdict[str, list[Edge]] = defaultdict(list)
+        for edge in self.edges:
+            rings[edge.between].append(edge)
+
+        def at(step: Instruction, sample: int) -> Instruction:
+            name = next((ring.name for ring in rings[step.edge] if ring.carries(sample)), step.edge)
+            return Instruction(step.op, step.stage, sample, name)
 
         def absolute(program: DeviceProgram) -> tuple[Instruction, ...]:
             body = (
-                Instruction(step.op, step.stage, sample + step.sample, step.edge)
-                for sample in range(samples)
+                at(step, sample + step.sample * program.replicas)
+                for sample in range(program.replica, samples, program.replicas)
                 for step in program.body
             )
-            everything = (*program.warm_up, *body, *program.drain)
+            once = [[at(step, step.sample) for step in steps] for steps in (program.warm_up, program.drain)]
+            everything = (*once[0], *body, *once[1])
             return tuple(step for step in everything if not (program.body and step.sample >= samples))
 
         return tuple(absolute(program) for program in self.devices)
@@ -180,10 +253,12 @@ class Program:
                     "warm_up": [str(i) for i in d.warm_up],
                     "body": [str(i) for i in d.body],
                     "drain": [str(i) for i in d.drain],
+                    "replica": d.replica,
+                    "replicas": d.replicas,
                 }
                 for d in self.devices
             ],
-            "edges": [{**vars(e), "values": list(e.values), "specs": [vars(s) for s in e.specs]} for e in self.edges],
+            "edges": [_edge_to_json(edge) for edge in self.edges],
         }
 
     @classmethod
@@ -195,7 +270,15 @@ class Program:
 
         return cls(
             tuple(
-                DeviceProgram(d["device"], tuple(d["stages"]), steps(d["warm_up"]), steps(d["body"]), steps(d["drain"]))
+                DeviceProgram(
+                    d["device"],
+                    tuple(d["stages"]),
+                    steps(d["warm_up"]),
+                    steps(d["body"]),
+                    steps(d["drain"]),
+                    d.get("replica", 0),
+                    d.get("replicas", 1),
+                )
                 for d in data["devices"]
             ),
             tuple(_edge_from_json(e) for e in data["edges"]),
@@ -209,11 +292,16 @@ def spec_from_json(data: dict[str, Any]) -> TensorSpec:
     return TensorSpec(**fields)
 
 
+def _edge_to_json(edge: Edge) -> dict[str, Any]:
+    own = {field.name: getattr(edge, field.name) for field in dataclasses.fields(edge)}
+    return {**own, "values": list(edge.values), "specs": [vars(spec) for spec in edge.specs]}
+
+
 def _edge_from_json(data: dict[str, Any]) -> Edge:
     specs = tuple(spec_from_json(spec) for spec in data["specs"])
     fields: dict[str, Any] = {**data, "values": tuple(data["values"]), "specs": specs}
     return Edge(**fields)
 
 
-def _end(stage: int) -> str:
-    return "host" if stage == HOST else str(stage)
+def _end(stage: int, replica: int = 0, replicas: int = 1) -> str:
+    return "host" if stage == HOST else f"{stage}.{replica}" if replicas > 1 else str(stage)

@@ -41,6 +41,11 @@ class Lower:
     ``d * (a + 1) - 1`` ahead never makes it wait for what the chain would have let through. (For
     ``d = 1`` this is ``a`` again; where hops differ, the leads add up.) The caller counts as one
     stage before the first, for inputs, and as one stage behind the last, for results.
+
+    Where stages are replicated, ``ahead`` counts turns, and a turn of a hop is as many samples as
+    the end of it with more replicas has: so each replica has as many messages on the way as a
+    stage alone. How many turns of its target an edge is ahead follows from the samples that its
+    hops lead by.
     """
 
     ahead: int | None = None
@@ -57,35 +62,55 @@ class Lower:
                 spec, or if the program's bodies do more than compute the sample at hand.
         """
         crossing = crossings(graph, plan)
-        edges = self._edges(graph, len(plan.stages), crossing, plan.slowest)
+        edges = self._edges(graph, [len(stage.devices) for stage in plan.stages], crossing, plan.slowest)
         devices = tuple(_device(device, edges) for device in program.devices)
         return Program(devices, edges, program.schedule)
 
     def _edges(
-        self, graph: ModelGraph, stages: int, crossing: dict[tuple[int, int], tuple[str, ...]], seconds: float
+        self, graph: ModelGraph, replicas: list[int], crossing: dict[tuple[int, int], tuple[str, ...]], seconds: float
     ) -> tuple[Edge, ...]:
         edges: list[Edge] = []
         for (source, target), values in crossing.items():
             specs = tuple(_spec(graph, value) for value in values)
-            edges.append(Edge(source, target, values, specs, 0, 1))
+            copies = [1 if end == HOST else replicas[end] for end in (source, target)]
+            edges.append(
+                Edge(source, target, values, specs, 0, 1, source_replicas=copies[0], target_replicas=copies[1])
+            )
+        stages = len(replicas)
         edges.sort(key=lambda edge: _span(edge, stages))
-        leads = self._leads(edges, stages, seconds)
-        return tuple(self._with_ahead(edge, leads, stages) for edge in edges)
+        turns = [max(pair) for pair in pairwise([1, *replicas, 1])]
+        leads = self._leads(edges, turns, seconds)
+        return tuple(ring for edge in edges for ring in _rings(self._with_ahead(edge, leads, turns)))
 
-    def _leads(self, edges: list[Edge], stages: int, seconds: float) -> list[int]:
-        """Iterations that each position may be ahead of the next: caller, stages, caller."""
+    def _leads(self, edges: list[Edge], turns: list[int], seconds: float) -> list[int]:
+        """Samples that each position may be ahead of the next: caller, stages, caller."""
+        stages = len(turns) - 1
         sizes = {_span(edge, stages): edge.nbytes for edge in edges}
         hops = pairwise(range(-1, stages + 1))
-        return [1 + (_depth(sizes.get(hop), seconds) if self.ahead is None else self.ahead) for hop in hops]
+        ahead = [_depth(sizes.get(hop), seconds) if self.ahead is None else self.ahead for hop in hops]
+        return [turn * (1 + depth) for turn, depth in zip(turns, ahead, strict=True)]
 
-    def _with_ahead(self, edge: Edge, leads: list[int], stages: int) -> Edge:
-        first, last = _span(edge, stages)
-        ahead = sum(leads[first + 1 : last + 1]) - 1
-        if self.ahead is None and (ahead + 1) * edge.nbytes > RING:
+    def _with_ahead(self, edge: Edge, leads: list[int], turns: list[int]) -> Edge:
+        first, last = _span(edge, len(turns) - 1)
+        lead = sum(leads[first + 1 : last + 1])
+        if self.ahead is None and lead * edge.nbytes > RING:
             # The lead of a chain whose hops are all as shallow as possible: full speed, less slack.
-            shallow = (last - first) * (_LEAST + 1) - 1
-            ahead = min(ahead, max(shallow, RING // edge.nbytes - 1))
-        return replace(edge, ahead=ahead, slots=ahead + 1)
+            shallow = (_LEAST + 1) * sum(turns[first + 1 : last + 1])
+            lead = min(lead, max(shallow, RING // edge.nbytes))
+        return replace(edge, ahead=math.ceil(lead / edge.target_replicas) - 1)
+
+
+def _rings(edge: Edge) -> list[Edge]:
+    """The ring of every pair of replicas between which samples travel, with the slots it needs."""
+    common = math.gcd(edge.source_replicas, edge.target_replicas)
+    # Of the turns posted, every ``source_replicas / common``-th has its message in this ring.
+    slots = math.ceil((edge.ahead + 1) * common / edge.source_replicas)
+    return [
+        replace(edge, slots=slots, source_replica=source, target_replica=target)
+        for source in range(edge.source_replicas)
+        for target in range(edge.target_replicas)
+        if source % common == target % common
+    ]
 
 
 def crossings(graph: ModelGraph, plan: Plan) -> dict[tuple[int, int], tuple[str, ...]]:
@@ -142,39 +167,46 @@ def _stage_of(graph: ModelGraph, plan: Plan) -> dict[int, int]:
         raise ProgramError(f"the plan numbers its stages {[stage.index for stage in plan.stages]}, not 0, 1, ...")
     stage_of: dict[int, int] = {}
     for stage in plan.stages:
-        if stage.replicas:
-            raise PlanError(
-                f"stage {stage.index} is replicated on devices {stage.devices}: this version cannot run replicas, "
-                "plan without them"
-            )
         for layer in stage.layers:
             if layer in stage_of or not 0 <= layer < len(graph.layers):
                 raise ProgramError(f"the plan gives stage {stage.index} layer {layer}: it is elsewhere or not at all")
             stage_of[layer] = stage.index
+    written = {entry.name for entry in graph.state if entry.mutated}
     for index, layer in enumerate(graph.layers):
         if index not in stage_of:
             raise ProgramError(f"the plan puts layer {index} ({layer.name}) in no stage")
+        changed = written.intersection(layer.state)
+        if changed and plan.stages[stage_of[index]].replicas:
+            raise PlanError(
+                f"stage {stage_of[index]} is replicated, but its layer {layer.name} writes to {min(changed)!r}: samples "
+                "dealt to several devices would not see each other's changes in order"
+            )
     return stage_of
 
 
 def _device(device: DeviceProgram, edges: tuple[Edge, ...]) -> DeviceProgram:
-    incoming = [edge for edge in edges if edge.target in device.stages]
-    outgoing = [edge for edge in edges if edge.source in device.stages]
+    # One instruction stands for all rings between two stages: the sample says which is meant.
+    incoming = {edge.between: edge for edge in edges if edge.target in device.stages}.values()
+    outgoing = {edge.between: edge for edge in edges if edge.source in device.stages}.values()
     computed = [step.stage for step in device.body if step.op is Op.FORWARD and step.sample == 0]
     if len(computed) != len(device.body) or sorted(computed) != sorted(device.stages) or device.warm_up or device.drain:
         raise ProgramError(
             f"device {device.device}: only a body that computes the sample at hand once in each of its stages can be "
             f"lowered, got {[str(step) for step in (*device.warm_up, *device.body, *device.drain)]}"
         )
-    warm_up = (Instruction(Op.RECV, e.target, sample, e.name) for e in incoming for sample in range(e.ahead))
+    warm_up = tuple(
+        Instruction(Op.RECV, edge.target, device.replica + turn * device.replicas, edge.between)
+        for edge in incoming
+        for turn in range(edge.ahead)
+    )
     # Receives first: an edge between two stages of one device has its slot posted before its send.
-    body = [Instruction(Op.RECV, edge.target, edge.ahead, edge.name) for edge in incoming]
+    body = [Instruction(Op.RECV, edge.target, edge.ahead, edge.between) for edge in incoming]
     for step in device.body:
         body.append(step)
         # Edges are in order of distance, so the next stage, which the rest waits for, comes first.
-        body += [Instruction(Op.SEND, e.source, 0, e.name) for e in outgoing if e.source == step.stage]
+        body += [Instruction(Op.SEND, e.source, 0, e.between) for e in outgoing if e.source == step.stage]
     # Nothing to drain: a device that has sent its last message owes nobody anything.
-    return DeviceProgram(device.device, device.stages, tuple(warm_up), tuple(body))
+    return replace(device, warm_up=warm_up, body=tuple(body))
 
 
 def _span(edge: Edge, stages: int) -> tuple[int, int]:

@@ -47,10 +47,10 @@ class Refine:
     ) -> Plan:
         """The best measured plan among ``partition(profile)`` and its corrections."""
         plans: list[Plan] = []
-        seen: set[tuple[tuple[int, ...], ...]] = set()
+        seen: set[tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]] = set()
         for _ in range(self.rounds):
             plan = partition(profile)
-            cut = tuple(stage.layers for stage in plan.stages)
+            cut = tuple((stage.layers, stage.devices) for stage in plan.stages)
             if cut in seen:
                 break
             seen.add(cut)
@@ -59,7 +59,7 @@ class Refine:
             stages = tuple(replace(s, measured=t) for s, t in zip(plan.stages, times, strict=True))
             plans.append(replace(plan, stages=stages, total=total))
             drift = total / profile.total if profile.total else 1.0
-            predicted = max(s.seconds + s.transfer for s in stages) * drift
+            predicted = max((s.seconds + s.transfer) / len(s.devices) for s in stages) * drift
             if len(stages) == 1 or abs(plans[-1].slowest / predicted - 1) <= self.tolerance:
                 break
             factors = {
@@ -85,7 +85,7 @@ class Refine:
         values: dict[str, Any] = dict(zip(graph.inputs, copies(leaves), strict=True))
         jobs: list[Job] = []
         for stage in plan.stages:
-            reads = [v for e in program.edges if e.target == stage.index for v in e.values]
+            reads = list(dict.fromkeys(v for e in program.edges if e.target == stage.index for v in e.values))
             makes = list(dict.fromkeys(v for e in program.edges if e.source == stage.index for v in e.values))
             emit = Emitter(graph, module)
             layers = [graph.layers[i] for i in stage.layers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +19,11 @@ class Verify:
     """Check a program by carrying it out without data.
 
     The caller is taken to submit and collect as eagerly as the rings allow. Enough samples are
-    run for every ring to come round twice. That settles it for any number: each turn of a body
-    moves every edge by one message, and since a message must be posted no later than in the turn
-    that uses it, nothing waits for a later turn; so a deadlock lies within one turn, and every
-    turn after the warm-up is like the one before.
+    run for every ring to come round twice. That settles it for any number: in as many samples as
+    the rounds of all replicas take to meet, each edge moves by the same number of messages, and
+    since a message must be posted no later than in the turn that uses it, nothing waits for a
+    later sample; so a deadlock lies within one such round, and every round after the warm-up is
+    like the one before.
     """
 
     def apply(self, program: Program, graph: ModelGraph | None = None, plan: Plan | None = None) -> Program:
@@ -39,12 +41,18 @@ class Verify:
 
 def _structure(program: Program) -> None:
     """Every name means one thing, and every instruction is where it can be carried out."""
-    owner: dict[int, int] = {}
+    owner: defaultdict[int, dict[int, DeviceProgram]] = defaultdict(dict)
     for device in program.devices:
         for stage in device.stages:
-            if stage in owner:
-                raise ProgramError(f"stage {stage} is on device {owner[stage]} and on device {device.device}")
-            owner[stage] = device.device
+            other = owner[stage].setdefault(device.replica, device)
+            if other is not device:
+                raise ProgramError(f"stage {stage} is on device {other.device} and on device {device.device}")
+            if device.replicas != other.replicas or not 0 <= device.replica < device.replicas:
+                raise ProgramError(f"device {device.device} is replica {device.replica} of {device.replicas}")
+    for stage, devices in owner.items():
+        counts = {device.replicas for device in devices.values()}
+        if counts != {len(devices)}:
+            raise ProgramError(f"stage {stage} is on {len(devices)} devices that count {sorted(counts)} replicas")
     edges: dict[str, Edge] = {}
     for edge in program.edges:
         if edge.name in edges:
@@ -55,32 +63,63 @@ def _structure(program: Program) -> None:
                 raise ProgramError(f"edge {edge.name} ends at stage {stage}, which is on no device")
         if edge.source == edge.target:
             raise ProgramError(f"edge {edge.name} leads from a stage to itself")
-        if edge.slots < 1 or not 0 <= edge.ahead < edge.slots:
+        posted = 1 + edge.ahead // (edge.stride // edge.target_replicas)
+        if edge.slots < 1 or edge.ahead < 0 or posted > edge.slots:
             raise ProgramError(f"edge {edge.name} is {edge.ahead} ahead with {edge.slots} slots: it needs one more")
         if len(edge.values) != len(edge.specs):
             raise ProgramError(f"edge {edge.name} has {len(edge.values)} values, but {len(edge.specs)} specs")
+        _ends(edge, owner)
+    for edge in program.edges:
+        _complete(program.rings(edge.between))
     for device in program.devices:
         steps = (*device.warm_up, *device.body, *device.drain)
         for step in steps:
             _place(step, device, edges, owner)
         sent = {step.edge for step in steps if step.op is Op.SEND}
         for edge in program.edges:
-            if edge.source in device.stages and edge.name not in sent:
+            if edge.source in device.stages and edge.between not in sent:
                 raise ProgramError(f"device {device.device}: stage {edge.source} never sends on edge {edge.name}")
 
 
-def _place(step: Instruction, device: DeviceProgram, edges: Mapping[str, Edge], owner: Mapping[int, int]) -> None:
+def _ends(edge: Edge, owner: Mapping[int, Mapping[int, DeviceProgram]]) -> None:
+    """The replicas at both ends of a ring are those there are, and share samples."""
+    for stage, replica, replicas in (
+        (edge.source, edge.source_replica, edge.source_replicas),
+        (edge.target, edge.target_replica, edge.target_replicas),
+    ):
+        count = 1 if stage == HOST else len(owner[stage])
+        if replicas != count or not 0 <= replica < count:
+            end = "the caller" if stage == HOST else f"stage {stage}"
+            raise ProgramError(f"edge {edge.name} ends at replica {replica} of {replicas}, but {end} has {count}")
+    assert edge.first >= 0, "raises where the two never meet"
+
+
+def _complete(rings: Sequence[Edge]) -> None:
+    """Every sample finds one ring between two stages, and all of them carry the same."""
+    one = rings[0]
+    for sample in range(one.stride):
+        if not any(ring.carries(sample) for ring in rings):
+            raise ProgramError(f"no edge {one.between} carries sample {sample}")
+    for ring in rings:
+        if (ring.values, ring.specs, ring.ahead) != (one.values, one.specs, one.ahead):
+            raise ProgramError(f"edges {one.name} and {ring.name} differ in values or in how far they are ahead")
+
+
+def _place(
+    step: Instruction, device: DeviceProgram, edges: Mapping[str, Edge], owner: Mapping[int, Mapping[int, DeviceProgram]]
+) -> None:
     where = f"device {device.device}: {step}"
     if step.stage not in device.stages:
-        place = f"device {owner[step.stage]}" if step.stage in owner else "no device"
+        there = ", ".join(f"device {other.device}" for other in owner.get(step.stage, {}).values())
+        place = there or "no device"
         raise ProgramError(f"{where} is an instruction on the wrong device: stage {step.stage} is on {place}")
     if step.op is Op.FORWARD:
         if step.edge:
             raise ProgramError(f"{where}: a forward reads all edges of its stage and names none")
         return
-    if step.edge not in edges:
+    edge = next((edge for edge in edges.values() if edge.between == step.edge), None)
+    if edge is None:
         raise ProgramError(f"{where}: there is no edge {step.edge!r}")
-    edge = edges[step.edge]
     if step.stage != (edge.source if step.op is Op.SEND else edge.target):
         end = "sent by" if step.op is Op.SEND else "received by"
         raise ProgramError(f"{where}: edge {edge.name} is not {end} stage {step.stage}")
@@ -88,7 +127,9 @@ def _place(step: Instruction, device: DeviceProgram, edges: Mapping[str, Edge], 
 
 def _values(program: Program, graph: ModelGraph, plan: Plan) -> None:
     """What each stage reads reaches it, and what it sends it makes."""
-    device_of = {stage: device.device for device in program.devices for stage in device.stages}
+    devices_of: defaultdict[int, dict[int, int]] = defaultdict(dict)
+    for device in program.devices:
+        devices_of.update({s: {**devices_of[s], device.replica: device.device} for s in device.stages})
     incoming: defaultdict[int, set[str]] = defaultdict(set)
     to_host: Counter[str] = Counter()
     results = {ref.name for ref in graph.outputs if ref.kind == "value"}
@@ -103,13 +144,16 @@ def _values(program: Program, graph: ModelGraph, plan: Plan) -> None:
             if spec != graph.values.get(value):
                 raise ProgramError(f"edge {edge.name} has another layout of {value!r} than the graph")
         if edge.target == HOST:
-            to_host.update(edge.values)
+            # Of the rings of replicas each sample takes one.
+            to_host.update(edge.values if edge is program.rings(edge.between)[0] else ())
         else:
             incoming[edge.target].update(edge.values)
     for stage in plan.stages:
         where = f"device {stage.device}, stage {stage.index}"
-        if device_of.get(stage.index) != stage.device:
-            raise ProgramError(f"{where}: the program has this stage on device {device_of.get(stage.index)}")
+        placed = devices_of[stage.index]
+        if [placed.get(replica) for replica in range(max(len(placed), 1))] != list(stage.devices):
+            on = ", ".join(f"{device}" for _, device in sorted(placed.items())) or "None"
+            raise ProgramError(f"{where}: the program has this stage on device {on}")
         for layer in (graph.layers[i] for i in stage.layers):
             for value in layer.reads:
                 if value not in incoming[stage.index] | makes[stage.index] | graph.free:
@@ -121,12 +165,12 @@ def _values(program: Program, graph: ModelGraph, plan: Plan) -> None:
 
 @dataclass
 class _Ring:
-    """How many messages of an edge have been posted, sent and consumed."""
+    """The sample whose message is next to be posted, to be sent and to be consumed."""
 
     edge: Edge
-    posted: int = 0
-    sent: int = 0
-    used: int = 0
+    posted: int
+    sent: int
+    used: int
 
 
 @dataclass
@@ -146,27 +190,35 @@ class _Worker:
 
 @dataclass
 class _Machine:
-    """Carries a program out, each device as far as it gets, until all are done or none can go on."""
+    """Carries a program out, each device as far as it gets, until all are done or none can go on.
+
+    ``computed`` is the sample each device has to compute next in each of its stages.
+    """
 
     program: Program
     samples: int = 0
     submitted: int = 0
+    collected: int = 0
     rings: dict[str, _Ring] = field(default_factory=dict[str, _Ring])
     incoming: dict[int, list[_Ring]] = field(default_factory=lambda: defaultdict(list))
     outgoing: dict[int, list[_Ring]] = field(default_factory=lambda: defaultdict(list))
-    computed: Counter[int] = field(default_factory=Counter[int])
+    computed: dict[tuple[int, int], int] = field(default_factory=dict[tuple[int, int], int])
 
     def run(self) -> None:
         program = self.program
         stages = [stage for device in program.devices for stage in device.stages]
-        self.samples = 2 * max((edge.slots for edge in program.edges), default=0) + len(stages) + 3
+        rounds = math.lcm(*(device.replicas for device in program.devices))
+        self.samples = 2 * max((edge.reach for edge in program.edges), default=0) + (rounds + 1) * len(stages) + 3
         if not any(device.body for device in program.devices):
             steps = [step for device in program.devices for step in device.warm_up]
             self.samples = 1 + max((step.sample for step in steps), default=-1)
         for edge in program.edges:
-            ring = self.rings[edge.name] = _Ring(edge, posted=edge.slots if edge.target == HOST else 0)
+            first = edge.first
+            posted = first + (edge.reach if edge.target == HOST else 0)
+            ring = self.rings[edge.name] = _Ring(edge, posted, first, first)
             self.incoming[edge.target].append(ring)
             self.outgoing[edge.source].append(ring)
+        self.computed = {(d.device, stage): d.replica for d in program.devices for stage in d.stages}
         workers = [
             _Worker(device, steps) for device, steps in zip(program.devices, program.unroll(self.samples), strict=True)
         ]
@@ -177,10 +229,9 @@ class _Machine:
             self._stuck(stuck)
         for device in program.devices:
             for stage in device.stages:
-                if self.computed[stage] < self.samples:
-                    raise ProgramError(
-                        f"device {device.device}: stage {stage} never computes sample {self.computed[stage]}"
-                    )
+                due = self.computed[device.device, stage]
+                if due < self.samples:
+                    raise ProgramError(f"device {device.device}: stage {stage} never computes sample {due}")
         for ring in self.rings.values():
             if ring.sent < self.samples:
                 raise ProgramError(f"edge {ring.edge.name}: message {ring.sent} is never sent")
@@ -206,18 +257,27 @@ class _Machine:
     def _caller(self) -> int:
         """Collect and submit what can be; returns how much that was."""
         moved = 0
-        inputs, results = self.outgoing[HOST], self.incoming[HOST]
-        while results and all(ring.sent > ring.used for ring in results):
+        while results := self._of(self.incoming[HOST], self.collected):
+            if not all(ring.sent > self.collected for ring in results):
+                break
             for ring in results:
-                ring.used += 1
-                ring.posted += 1
+                ring.used += ring.edge.stride
+                ring.posted += ring.edge.stride
+            self.collected += 1
             moved += 1
-        while inputs and self.submitted < self.samples and all(r.posted > self.submitted for r in inputs):
+        while self.submitted < self.samples and (inputs := self._of(self.outgoing[HOST], self.submitted)):
+            if not all(ring.posted > self.submitted for ring in inputs):
+                break
             for ring in inputs:
-                ring.sent += 1
+                ring.sent += ring.edge.stride
             self.submitted += 1
             moved += 1
         return moved
+
+    @staticmethod
+    def _of(rings: Sequence[_Ring], sample: int) -> list[_Ring]:
+        """Those of the rings that carry a sample."""
+        return [ring for ring in rings if ring.edge.carries(sample)]
 
     def _advance(self, worker: _Worker) -> int:
         """Carry out instructions of one device until one has to wait; returns how many."""
@@ -226,9 +286,9 @@ class _Machine:
             step = worker.step
             where = f"device {worker.device.device}, stage {step.stage}, sample {step.sample}"
             if step.op is Op.FORWARD:
-                waits = self._forward(step, where)
+                waits = self._forward(worker.device, step, where)
             elif step.op is Op.SEND:
-                waits = self._send(step, where)
+                waits = self._send(worker.device, step, where)
             else:
                 waits = self._receive(step, where)
             if waits is not None:
@@ -241,33 +301,33 @@ class _Machine:
 
     def _receive(self, step: Instruction, where: str) -> None:
         ring = self.rings[step.edge]
-        slots = ring.edge.slots
+        slots, before = ring.edge.slots, step.sample - ring.edge.reach
         if step.sample != ring.posted:
             raise ProgramError(
                 f"{where}: {step} posts message {step.sample} on edge {step.edge} when {ring.posted} is due; "
                 "messages are posted in order, each once"
             )
-        if step.sample - ring.used >= slots:
+        if ring.used <= before:
             raise ProgramError(
                 f"{where}: {step} overruns edge {step.edge}: message {ring.used} is not yet consumed, and the ring "
                 f"has {slots} slots"
             )
-        for sibling in self.outgoing[step.stage]:
+        for sibling in self._of(self.outgoing[step.stage], before):
             # What a stage sends may be a view of what it received.
-            if sibling.sent <= step.sample - slots:
+            if 0 <= before and sibling.sent <= before:
                 raise ProgramError(
-                    f"{where}: {step} gives away the slot of message {step.sample - slots} on edge {step.edge} before "
+                    f"{where}: {step} gives away the slot of message {before} on edge {step.edge} before "
                     f"that sample is sent on edge {sibling.edge.name}"
                 )
-        ring.posted += 1
+        ring.posted += ring.edge.stride
 
-    def _forward(self, step: Instruction, where: str) -> _Ring | None:
-        due = self.computed[step.stage]
+    def _forward(self, device: DeviceProgram, step: Instruction, where: str) -> _Ring | None:
+        due = self.computed[device.device, step.stage]
         if step.sample < due:
             raise ProgramError(f"{where}: {step} computes the sample twice")
         if step.sample > due:
             raise ProgramError(f"{where}: {step} skips sample {due}")
-        incoming = self.incoming[step.stage]
+        incoming = self._of(self.incoming[step.stage], step.sample)
         for ring in incoming:
             if ring.posted <= step.sample:
                 raise ProgramError(f"{where}: {step} uses message {step.sample} of edge {ring.edge.name}, never posted")
@@ -275,24 +335,25 @@ class _Machine:
             if ring.sent <= step.sample:
                 return ring
         for ring in incoming:
-            ring.used += 1
-        self.computed[step.stage] += 1
+            ring.used += ring.edge.stride
+        self.computed[device.device, step.stage] += device.replicas
         return None
 
-    def _send(self, step: Instruction, where: str) -> _Ring | None:
+    def _send(self, device: DeviceProgram, step: Instruction, where: str) -> _Ring | None:
         ring = self.rings[step.edge]
         if step.sample != ring.sent:
             raise ProgramError(
                 f"{where}: {step} sends message {step.sample} on edge {step.edge} when {ring.sent} is due; "
                 "messages are sent in order, each once"
             )
-        if self.computed[step.stage] <= step.sample:
+        due = self.computed[device.device, step.stage]
+        if due <= step.sample:
             raise ProgramError(f"{where}: {step} on edge {step.edge} comes before the forward that makes it")
-        if self.computed[step.stage] > step.sample + 1:
+        if due > step.sample + device.replicas:
             raise ProgramError(f"{where}: {step} on edge {step.edge} comes after the next forward; its values are gone")
         if ring.posted <= step.sample:
             return ring
-        ring.sent += 1
+        ring.sent += ring.edge.stride
         return None
 
 

@@ -17,7 +17,8 @@ from pipecompile.ir.timeline import Timeline
 class Cost:
     """Seconds a stage spends on one sample, medians of the steady state.
 
-    ``wait`` is all time in which it neither computes nor sends, so that the three make up ``period``.
+    ``wait`` is all time in which it neither computes nor sends, so that the three make up ``period``:
+    of each replica where there are several.
     """
 
     compute: float
@@ -37,11 +38,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One stage. ``alone`` is its compute timed alone after the cut, where that was done."""
+    """One stage. ``alone`` is its compute timed alone after the cut, where that was done.
+
+    Where it has replicas, ``device`` and ``core`` are of all of them, and its costs, but for their
+    waits, are those of the one a sample goes to.
+    """
 
     index: int
     device: str
-    core: int | None
+    core: str
     layers: tuple[str, ...]
     alone: float | None
     predicted: Cost
@@ -102,8 +107,8 @@ def summarise(package: Package, predicted: Timeline, measured: Timeline | None =
     stages = [
         StageSummary(
             stage.index,
-            plan.cluster.devices[stage.device].name,
-            plan.cluster.devices[stage.device].core,
+            ", ".join(plan.cluster.devices[device].name for device in stage.devices),
+            ", ".join(str(core) for d in stage.devices if (core := plan.cluster.devices[d].core) is not None),
             tuple(plan.layer_names[i] if i < len(plan.layer_names) else str(i) for i in stage.layers),
             stage.measured,
             expected.get(stage.index, nothing),
@@ -114,8 +119,8 @@ def summarise(package: Package, predicted: Timeline, measured: Timeline | None =
     edges = [
         EdgeSummary(
             edge.name,
-            _end(edge.source),
-            _end(edge.target),
+            _end(edge.source, edge.source_replica, edge.source_replicas),
+            _end(edge.target, edge.target_replica, edge.target_replicas),
             edge.values,
             edge.nbytes,
             edge.ahead,
@@ -163,18 +168,20 @@ def _costs(timeline: Timeline) -> dict[int, Cost]:
     compute: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     send: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     begins: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    devices: dict[int, set[int]] = defaultdict(set)
     for event in timeline.events:
         if event.sample not in samples:
             continue
         if event.activity == "F":
             compute[event.stage][event.sample] += event.end - event.start
             begins[event.stage].append((event.sample, event.start))
+            devices[event.stage].add(event.device)
         elif event.activity == "SEND":
             send[event.stage][event.sample] += event.end - event.start
     found: dict[int, Cost] = {}
     for stage, seconds in compute.items():
         first, last = min(begins[stage]), max(begins[stage])
-        period = (last[1] - first[1]) / (last[0] - first[0]) if last[0] > first[0] else 0.0
+        period = (last[1] - first[1]) / (last[0] - first[0]) * len(devices[stage]) if last[0] > first[0] else 0.0
         working = statistics.median(seconds.values())
         sending = statistics.median(send[stage].values()) if send[stage] else 0.0
         found[stage] = Cost(working, sending, max(0.0, period - working - sending))
@@ -190,8 +197,8 @@ def _sends(timeline: Timeline) -> dict[str, float]:
     return {edge: statistics.median(values) for edge, values in seconds.items()}
 
 
-def _end(stage: int) -> str:
-    return "caller" if stage == HOST else f"stage {stage}"
+def _end(stage: int, replica: int, replicas: int) -> str:
+    return "caller" if stage == HOST else f"stage {stage}" + (f".{replica}" if replicas > 1 else "")
 
 
 def spans(names: Iterable[str]) -> str:

@@ -37,7 +37,7 @@ class Worker:
 
     def __init__(self, module: DeviceModule, package: Package, device: Device, hang_seconds: float | None) -> None:
         self.module, self.device = module, device
-        self.ports = ports_of(package.program.edges, module.stages)
+        self.ports = ports_of(package.program.edges, module.stages, module.replica)
         self.records_fd = allocate("records", Records.nbytes(len(self.ports)))
         self.records = Records(attach(self.records_fd), len(self.ports))
         planned = sum(
@@ -114,7 +114,9 @@ class Worker:
         return clock() - last.begin if last is not None and not last.end else 0.0
 
     def __str__(self) -> str:
-        return f"device {self.module.device} (stages {', '.join(map(str, self.module.stages))})"
+        module = self.module
+        copy = f", replica {module.replica} of {module.replicas}" if module.replicas > 1 else ""
+        return f"device {module.device} (stages {', '.join(map(str, module.stages))}{copy})"
 
 
 class Crew:
@@ -166,6 +168,8 @@ class Crew:
                 "parent": self._owner,
                 "device": module.device,
                 "stages": list(module.stages),
+                "replica": module.replica,
+                "replicas": module.replicas,
                 "source": module.source,
                 "filename": module.filename,
                 "imports": list(package.imports),

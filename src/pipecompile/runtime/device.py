@@ -49,9 +49,9 @@ def run(boot: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
         tell({"kind": "failed", **describe(error, boot["filename"], boot["device"], boot["stages"], sample)})
 
     def again(sample: int) -> Any:
-        return resume(namespace["run"], link, ports, sample)
+        return resume(namespace["run"], link, ports, sample, boot["replicas"])
 
-    _drive(namespace["run"](link, 0), records, lambda: tell({"kind": "ready"}), report, again)
+    _drive(namespace["run"](link, boot["replica"]), records, lambda: tell({"kind": "ready"}), report, again)
 
 
 def _drive(
@@ -105,10 +105,10 @@ def _drive(
 def _ports(boot: dict[str, Any]) -> list[RingReceiver | RingSender]:
     edges = Program.from_json(boot["program"]).edges
     made: list[RingReceiver | RingSender] = []
-    for index, port in enumerate(ports_of(edges, boot["stages"])):
+    for index, port in enumerate(ports_of(edges, boot["stages"], boot["replica"])):
         name = port.edge.name
         shared = SharedEdge(RingLayout.of(port.edge, boot["sizes"]), *boot["edges"][name])
-        throttle = boot["throttle"].get(name)
+        throttle = boot["throttle"].get(port.edge.between)
         if port.receives:
             made.append(shared.receiver(index, Link(*throttle) if throttle else None))
         else:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from pipecompile.errors import PipecompileError
-from pipecompile.ir.package import Package
+from pipecompile.ir.package import DeviceModule, Package
 from pipecompile.ir.timeline import Timeline
 
 
@@ -60,7 +60,7 @@ class Executor(Protocol):
         ...
 
     def seconds(self, sample: int) -> tuple[float, ...]:
-        """Seconds each device computed on a sample just delivered; nan where not on record any more."""
+        """Seconds each stage computed on a sample just delivered, in order; nan where not on record any more."""
         ...
 
     def poll(self) -> tuple[int, list[Any]] | None:
@@ -99,13 +99,31 @@ def check_package(package: Package) -> None:
     Raises:
         PipecompileError: if stages and modules, or inputs, outputs and edges, do not belong together.
     """
-    placed = [stage for module in package.modules for stage in module.stages]
+    placed = [(stage, module.replica) for module in package.modules for stage in module.stages]
     for edge in package.program.edges:
-        for stage in (edge.source, edge.target):
-            if stage >= 0 and placed.count(stage) != 1:
+        for stage, replica in ((edge.source, edge.source_replica), (edge.target, edge.target_replica)):
+            if stage >= 0 and placed.count((stage, replica)) != 1:
                 raise PipecompileError(
-                    f"stage {stage} of edge {edge.name} is run by {placed.count(stage)} device modules"
+                    f"stage {stage} of edge {edge.name} is run by {placed.count((stage, replica))} device modules"
                 )
+
+
+class Placed(Protocol):
+    """Something that runs a device module."""
+
+    @property
+    def module(self) -> DeviceModule:
+        """What it runs."""
+        ...
+
+
+_Device = TypeVar("_Device", bound=Placed)
+
+
+def on_the_way(devices: Iterable[_Device], sample: int) -> list[_Device]:
+    """The devices that compute a sample, in pipeline order: of several replicas one."""
+    found = [device for device in devices if sample % device.module.replicas == device.module.replica]
+    return sorted(found, key=lambda device: device.module.stages)
 
 
 def bounds(package: Package, sizes: Mapping[str, int] | None) -> dict[str, int]:

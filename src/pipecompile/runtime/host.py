@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ _PACE = 64
 class Host:
     """The ports of the caller and the order of leaves, worked out once.
 
+    Where stages are replicated, samples take other rings in turn, and after some the turns begin
+    again: ``rounds`` are the output rings of each. So taking results in order needs no sorting.
     ``submitted`` and ``delivered`` count samples. Submitting and collecting touch separate parts,
     so one thread may do the one while another does the other.
     """
@@ -36,16 +39,19 @@ class Host:
             raise ProgramError("the program needs an edge from the host and one to the host")
         position = {name: i for i, name in enumerate(package.input_names)}
         try:
-            self._inputs = [(senders[e.name], tuple(position[value] for value in e.values)) for e in inputs]
+            where = {e.name: tuple(position[value] for value in e.values) for e in inputs}
         except KeyError as error:
             raise ProgramError(f"an edge from the host carries {error}, which is no input of the model") from None
         self._leaves = len(package.inputs)
-        self._several = len(inputs) > 1
-        self._slots = {edge.name: edge.slots for edge in outputs}
-        self._fewest = min(edge.slots for edge in (*inputs, *outputs))
-        self.senders = [sender for sender, _ in self._inputs]
+        period = math.lcm(*(edge.stride for edge in (*inputs, *outputs)))
+        self._inputs = [[(senders[e.name], where[e.name]) for e in inputs if e.carries(n)] for n in range(period)]
+        self.rounds = [[receivers[edge.name] for edge in outputs if edge.carries(n)] for n in range(period)]
+        self._fewest = min(edge.reach for edge in (*inputs, *outputs))
+        self.senders = [senders[edge.name] for edge in inputs]
         self.receivers = [receivers[edge.name] for edge in outputs]
-        found = {value: (e, v) for e, edge in enumerate(outputs) for v, value in enumerate(edge.values)}
+        # In each round there is one ring from each stage, in this order.
+        from_each = list({edge.between: edge for edge in outputs}.values())
+        found = {value: (e, v) for e, edge in enumerate(from_each) for v, value in enumerate(edge.values)}
         self._names = [(ref.kind, ref.name) for ref in package.outputs]
         missing = [ref.name for ref in package.outputs if ref.kind == "value" and ref.name not in found]
         if missing:
@@ -61,27 +67,27 @@ class Host:
     def open(self) -> None:
         """Post every slot of the output rings."""
         for receiver in self.receivers:
-            for sample in range(self._slots[receiver.edge]):
-                receiver.post(sample)
+            receiver.post_all()
 
     def room(self) -> bool:
-        """Whether every input ring has a posted slot."""
-        return all(sender.ready() for sender in self.senders)
+        """Whether every input ring of the next sample has a posted slot."""
+        return all(sender.ready() for sender, _ in self._inputs[self.submitted % len(self._inputs)])
 
     def submit(self, leaves: Sequence[Any]) -> int | None:
         """Put one sample into the input rings, or return None where one has no posted slot."""
         if len(leaves) != self._leaves:
             raise InputError(f"the pipeline takes {self._leaves} tensors and numbers, got {len(leaves)}")
-        for sender in self.senders:
+        sample = self.submitted
+        inputs = self._inputs[sample % len(self._inputs)]
+        for sender, _ in inputs:
             if not sender.ready():
                 return None
-        sample = self.submitted
         # A copy out of a tensor that requires grad would make the slot part of its graph.
         if torch.is_grad_enabled():
             leaves = [leaf.detach() if getattr(leaf, "requires_grad", False) else leaf for leaf in leaves]
-        if self._several:
+        if len(inputs) > 1:
             # All or nothing: no ring may get a sample that another one refuses.
-            for sender, where in self._inputs:
+            for sender, where in inputs:
                 sender.check(tuple([leaves[i] for i in where]))
         # Counted first: the result may arrive, in another thread, before put() returns.
         self.started.append(clock())
@@ -89,10 +95,10 @@ class Host:
             self._keep.append(leaves)
         self.submitted = sample + 1
         try:
-            for sender, where in self._inputs:
+            for sender, where in inputs:
                 sender.put(sample, *[leaves[i] for i in where])
         except BaseException:
-            if self.senders[0].sample == sample:
+            if inputs[0][0].sample == sample:
                 self.submitted = sample
                 self.started.pop()
                 if self._keep is not None:
@@ -102,11 +108,19 @@ class Host:
 
     def arrived(self) -> bool:
         """Whether the next result is complete, as far as already counted."""
-        return all(receiver.available and receiver.delay() <= 0.0 for receiver in self.receivers)
+        return all(receiver.available and receiver.delay() <= 0.0 for receiver in self._round())
+
+    def something(self) -> bool:
+        """Whether a part of the next result has arrived, as far as already counted."""
+        return any(receiver.available for receiver in self._round())
 
     def delay(self) -> float:
-        """Seconds until throttled messages that are here count as arrived."""
-        return max([receiver.delay() for receiver in self.receivers])
+        """Seconds until throttled messages of the next result that are here count as arrived."""
+        return max([receiver.delay() for receiver in self._round()])
+
+    def _round(self) -> list[RingReceiver]:
+        """The rings that bring the next result."""
+        return self.rounds[self.delivered % len(self.rounds)]
 
     def nap(self) -> float:
         """Seconds a caller who found no room may sleep through where results come fast, else 0.
@@ -129,14 +143,14 @@ class Host:
         sample = self.delivered
         messages: list[list[Any]] = []
         failed: SampleFailed | None = None
-        for receiver in self.receivers:
+        for receiver in self._round():
             try:
                 message = receiver.own()
             except SampleFailed as error:
                 message, failed = [], error
             assert message is not None, "the stream ended before its last result"
             messages.append(message)
-            receiver.post(sample + self._slots[receiver.edge])
+            receiver.post(sample + receiver.reach)
         self.delivered = sample + 1
         self.finished.append(clock())
         leaves = self._keep.popleft() if self._keep is not None else ()
@@ -146,17 +160,22 @@ class Host:
             return sample, [messages[e][v] for e, v in self._plain]
         return sample, [self._leaf(kind, name, messages, leaves, weights) for kind, name in self._names]
 
+    def end(self) -> None:
+        """No sample follows."""
+        for sender in self.senders:
+            sender.end()
+
     def drop(self) -> None:
         """Take what has arrived without looking at it, so that the devices can go on to their end."""
         for receiver in self.receivers:
             while not receiver.ended and receiver.ready():
                 sample = receiver.sample
                 if receiver.skip():
-                    receiver.post(sample + self._slots[receiver.edge])
+                    receiver.post(sample + receiver.reach)
 
     def forget(self) -> None:
         """Let go of the rings' memory; counts and times stay."""
-        self.senders, self.receivers, self._inputs = [], [], []
+        self.senders, self.receivers, self._inputs, self.rounds = [], [], [], []
 
     def _leaf(
         self,

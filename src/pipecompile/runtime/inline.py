@@ -20,7 +20,7 @@ from pipecompile.ir.timeline import Timeline
 from pipecompile.runtime.channels.link import DeviceLink, PortInfo, ports_of
 from pipecompile.runtime.channels.local import LocalEdge
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender, SampleFailed, clock
-from pipecompile.runtime.executor import ResultTimeout, bounds, check_package
+from pipecompile.runtime.executor import ResultTimeout, bounds, check_package, on_the_way
 from pipecompile.runtime.host import Host
 from pipecompile.runtime.module import describe, execute, resume
 from pipecompile.runtime.numerics import stage_mode
@@ -44,7 +44,7 @@ class _Device:
         self._began = clock()
         self._run: Any = execute(module.source, module.filename)["run"]
         self._link, self._peers, self._errors = link, peers, errors
-        self._steps: Any = self._run(link, 0)
+        self._steps: Any = self._run(link, module.replica)
         self.port: RingReceiver | RingSender | None = None
         self._advance(None)
 
@@ -70,7 +70,7 @@ class _Device:
 
     def _pass_over(self, sample: int) -> None:
         """Go on with the sample after one that failed here or before."""
-        self._steps = resume(self._run, self._link, self._peers, sample)
+        self._steps = resume(self._run, self._link, self._peers, sample, self.module.replicas)
         self._advance(None)
 
     def _advance(self, value: Any) -> None:
@@ -131,7 +131,7 @@ class InlineSession:
             package,
             {e.name: edges[e.name].sender() for e in package.program.edges if e.source == HOST},
             {
-                e.name: edges[e.name].receiver(0, throttle.get(e.name))
+                e.name: edges[e.name].receiver(0, throttle.get(e.between))
                 for e in package.program.edges
                 if e.target == HOST
             },
@@ -144,11 +144,11 @@ class InlineSession:
         self._devices: list[_Device] = []
         with stage_mode(threads):
             for module in package.modules:
-                infos = ports_of(package.program.edges, module.stages)
+                infos = ports_of(package.program.edges, module.stages, module.replica)
                 ports: list[RingReceiver | RingSender] = []
                 for index, info in enumerate(infos):
                     edge = edges[info.edge.name]
-                    link = throttle.get(info.edge.name)
+                    link = throttle.get(info.edge.between)
                     ports.append(edge.receiver(index, link) if info.receives else edge.sender(index))
                 self._throttled += [port for port in ports if isinstance(port, RingReceiver)]
                 state = tuple(self._tensors[name] for name in module.state)
@@ -186,7 +186,8 @@ class InlineSession:
 
     def seconds(self, sample: int) -> tuple[float, ...]:
         """What each stage spent on a sample. See ``Executor.seconds``."""
-        return tuple(computed(d.ports, lambda k, w=d.waits: w[k], 0, len(d.waits), sample) for d in self._devices)
+        devices = on_the_way(self._devices, sample)
+        return tuple(computed(d.ports, lambda k, w=d.waits: w[k], 0, len(d.waits), sample) for d in devices)
 
     def poll(self) -> tuple[int, list[Any]] | None:
         """The next result if the devices can make it now, else None."""
@@ -217,14 +218,11 @@ class InlineSession:
         if self._closed:
             return
         self._closed = True
-        unsent = list(self._host.senders)
         try:
             with stage_mode(self._threads):
+                self._host.end()
                 moved = True
                 while moved or self._delay() > 0.0:
-                    for sender in [sender for sender in unsent if sender.ready()]:
-                        sender.end()
-                        unsent.remove(sender)
                     self._host.drop()
                     moved = self._step()
                     if not moved:

@@ -29,11 +29,13 @@ def execute(source: str, filename: str) -> dict[str, Any]:
     return namespace
 
 
-def resume(run: Any, link: Any, ports: Sequence[RingReceiver | RingSender], sample: int) -> Iterator[Any]:
+def resume(
+    run: Any, link: Any, ports: Sequence[RingReceiver | RingSender], sample: int, replicas: int
+) -> Iterator[Any]:
     """The generator of a device that goes on after ``sample`` failed in it or before it.
 
     What is left of the sample's messages is taken, the word of its failure is sent where its
-    values would have gone, and ``run`` begins anew with the next sample. May be called again for
+    values would have gone, and ``run`` begins anew with the device's next sample. May be called again for
     the same sample, when one of the messages left turns out to be such a word itself.
     """
     for port in ports:
@@ -43,7 +45,7 @@ def resume(run: Any, link: Any, ports: Sequence[RingReceiver | RingSender], samp
         if isinstance(port, RingSender) and port.sample == sample:
             yield port
             port.fail(sample)
-    yield from run(link, sample + 1)
+    yield from run(link, sample + replicas)
 
 
 def describe(error: BaseException, filename: str, device: int, stages: Sequence[int], sample: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pipecompile.runtime.arena import adopt
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender, SampleFailed, clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge
 from pipecompile.runtime.crew import Crew
-from pipecompile.runtime.executor import ResultTimeout, bounds, check_package
+from pipecompile.runtime.executor import ResultTimeout, bounds, check_package, on_the_way
 from pipecompile.runtime.host import Host
 from pipecompile.runtime.news import News
 from pipecompile.runtime.records import DeviceRecord, timeline
@@ -66,7 +66,7 @@ class Session:
         self._tensors = {spec.name: weights[spec.name] for spec in package.state}
         self._weights = adopt(self._tensors)
         throttle = throttle or {}
-        self._slack = sum(link.seconds(package.program.edge(name).nbytes) for name, link in throttle.items())
+        self._slack = sum(link.seconds(package.program.rings(name)[0].nbytes) for name, link in throttle.items())
         self._submitting, self._receiving = threading.RLock(), threading.RLock()
         self._crew = crew = Crew(package, hang_seconds, threads)
         # Works also when this object is dropped without close(), and at interpreter exit.
@@ -91,7 +91,7 @@ class Session:
                 (kept if HOST in (edge.source, edge.target) else passed).extend(shared.fds[1:])
             senders = {e.name: edges[e.name].sender() for e in package.program.edges if e.source == HOST}
             receivers = {
-                e.name: edges[e.name].receiver(throttle=throttle.get(e.name))
+                e.name: edges[e.name].receiver(throttle=throttle.get(e.between))
                 for e in package.program.edges
                 if e.target == HOST
             }
@@ -108,15 +108,21 @@ class Session:
         self._news = News(self._crew)
         self._controls = frozenset(worker.control.fileno() for worker in self._crew.workers)
         # Only the side that takes results may empty their counters; the other side just looks.
-        self._look = select.poll()
-        for fd in self._arrivals:
-            self._look.register(fd, select.POLLIN)
-        self._for_result = self._poller(self._arrivals)
-        self._for_news = self._poller([*self._arrivals, self._nudge])
-        self._for_room = self._poller(self._credits)
-        self._for_either = self._poller([*self._credits, *self._arrivals])
+        # It looks at the rings of the next result alone: others, of replicas, may be ahead.
+        self._look: list[select.poll] = []
+        for receivers in self._host.rounds:
+            self._look.append(select.poll())
+            for receiver in receivers:
+                self._look[-1].register(edges[receiver.edge].arrivals, select.POLLIN)
+        self._for_result = [self._poller(self._arrivals)]
+        self._for_news = [self._poller([*self._arrivals, self._nudge])]
+        self._for_room = [self._poller(self._credits)]
+        self._for_either = [
+            self._poller([*self._credits, *(edges[receiver.edge].arrivals for receiver in receivers)])
+            for receivers in self._host.rounds
+        ]
         self._rings: dict[int, RingReceiver | RingSender] = {**self._credits, **self._arrivals}
-        self._for_turn = self._poller([*self._rings, self._nudge])
+        self._for_turn = [self._poller([*self._rings, self._nudge])]
 
     def _poller(self, fds: Iterable[int]) -> select.poll:
         """One wait for data, death of a worker, and close() in another thread."""
@@ -124,6 +130,10 @@ class Session:
         for fd in (*fds, self._wake, *self._controls):
             poller.register(fd, select.POLLIN)
         return poller
+
+    def _next(self, each: Sequence[select.poll]) -> select.poll:
+        """The one for the next result, of one for each round of replicas (or one for all)."""
+        return each[self._host.delivered % len(each)]
 
     @property
     def in_flight(self) -> int:
@@ -151,12 +161,12 @@ class Session:
         with self._submitting:
             self._check()
             host, room = self._host, self._host.room
-            poller = self._for_either if or_result else self._for_room
+            pollers = self._for_either if or_result else self._for_room
 
             def done() -> bool:
-                return room() or (or_result and (any(r.available for r in host.receivers) or bool(self._look.poll(0))))
+                return room() or (or_result and (host.something() or bool(self._next(self._look).poll(0))))
 
-            self._await(poller, done, timeout, self._credits, full=or_result)
+            self._await(pollers, done, timeout, self._credits, full=or_result)
             return room()
 
     def turn(self, timeout: float | None = None, *, room: bool = True) -> None:
@@ -168,8 +178,8 @@ class Session:
             def done() -> bool:
                 return host.arrived() or (room and host.room())
 
-            poller, refills = (self._for_turn, self._rings) if room else (self._for_news, self._arrivals)
-            self._await(poller, done, timeout, refills)
+            pollers, refills = (self._for_turn, self._rings) if room else (self._for_news, self._arrivals)
+            self._await(pollers, done, timeout, refills)
 
     def nudge(self) -> None:
         """Make a ``turn`` in another thread come back early, or else the next one."""
@@ -180,7 +190,8 @@ class Session:
 
     def seconds(self, sample: int) -> tuple[float, ...]:
         """What each stage spent on a sample. See ``Executor.seconds``."""
-        return tuple(worker.records.seconds(worker.ports, sample) for worker in self._crew.workers)
+        workers = on_the_way(self._crew.workers, sample)
+        return tuple(worker.records.seconds(worker.ports, sample) for worker in workers)
 
     def poll(self) -> tuple[int, list[Any]] | None:
         """The next result if it is there, else None."""
@@ -248,7 +259,7 @@ class Session:
 
     def _await(
         self,
-        poller: select.poll,
+        pollers: Sequence[select.poll],
         done: Callable[[], bool],
         timeout: float | None,
         refills: Mapping[int, RingReceiver | RingSender],
@@ -275,7 +286,7 @@ class Session:
                 # poll counts in whole milliseconds.
                 time.sleep(seconds)
                 seconds = 0.0
-            events = poller.poll(None if seconds == math.inf else max(0, int(seconds * 1000)))
+            events = self._next(pollers).poll(None if seconds == math.inf else max(0, int(seconds * 1000)))
             self._check()
             for fd, _ in events:
                 if fd in refills:
@@ -308,16 +319,12 @@ class Session:
 
     def _drain(self, deadline: float) -> None:
         """Send the end after the last sample and wait until it has gone through every device."""
-        unsent = dict(self._credits)
         alive = set(self._controls)
         poller = select.poll()
-        for fd in (*unsent, *self._arrivals, *alive):
+        for fd in (*self._arrivals, *alive):
             poller.register(fd, select.POLLIN)
+        self._host.end()
         while alive and clock() < deadline:
-            for fd, sender in [(fd, sender) for fd, sender in unsent.items() if sender.ready()]:
-                sender.end()
-                unsent.pop(fd)
-                poller.unregister(fd)
             self._host.drop()
             seconds = min(deadline - clock(), self._host.delay() or math.inf)
             for fd, _ in poller.poll(max(1, int(seconds * 1000))):

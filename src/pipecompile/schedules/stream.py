@@ -19,23 +19,38 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from pipecompile.ir.plan import Plan
+from pipecompile.errors import PlanError
+from pipecompile.ir.plan import Plan, Stage
 from pipecompile.ir.program import DeviceProgram, Instruction, Op, Program
 
 
 def stream(plan: Plan) -> Program:
     """What each device computes in a stream without end. No edges and no messages yet.
 
-    A device's body computes the sample at hand in each of its stages, in pipeline order.
+    A device's body computes the sample at hand in each of its stages, in pipeline order. Where a
+    stage is on several devices, each has the body, for its own samples.
+
+    Raises:
+        PlanError: if a replica of a stage shares its device with another stage.
     """
-    stages: defaultdict[int, list[int]] = defaultdict(list)
+    stages: defaultdict[int, list[Stage]] = defaultdict(list)
     for stage in sorted(plan.stages, key=lambda stage: stage.index):
-        stages[stage.device].append(stage.index)
-    devices = tuple(
-        DeviceProgram(device, tuple(own), (), tuple(Instruction(Op.FORWARD, stage, 0) for stage in own))
-        for device, own in sorted(stages.items())
-    )
-    return Program(devices, (), "stream")
+        for device in stage.devices:
+            stages[device].append(stage)
+    devices: list[DeviceProgram] = []
+    for device, own in sorted(stages.items()):
+        copies = own[0].devices
+        if len(own) > 1 and any(stage.replicas for stage in own):
+            numbers = ", ".join(str(stage.index) for stage in own)
+            raise PlanError(f"device {device} runs stages {numbers}, and one is replicated: give replicas own devices")
+        body = tuple(Instruction(Op.FORWARD, stage.index, 0) for stage in own)
+        indices = tuple(stage.index for stage in own)
+        devices.append(
+            DeviceProgram(device, indices, (), body, replica=copies.index(device), replicas=len(copies))
+            if len(own) == 1
+            else DeviceProgram(device, indices, (), body)
+        )
+    return Program(tuple(devices), (), "stream")
 
 
 __all__ = ["stream"]

@@ -15,27 +15,30 @@ from pipecompile.simulate.run import simulate
 def clock_table(timeline: Timeline, tick: float | None = None) -> str:
     """One row a stage, one column a tick, in each cell the sample computed in the middle of the tick.
 
-    ``tick`` is in seconds; None takes the longest forward, so that each sample fills about one cell
-    of the slowest stage, and a much faster stage may miss some. A dot is a tick in which the stage does not compute.
+    A stage with replicas has a row for each. ``tick`` is in seconds; None takes the longest forward, so
+    that each sample fills about one cell of the slowest stage, and a much faster stage may miss some.
+    A dot is a tick in which the stage does not compute.
     """
     forwards = [event for event in timeline.events if event.activity == "F"]
     seconds = tick or max((event.end - event.start for event in forwards), default=0.0)
     if not seconds:
         return "(nothing is computed)"
-    rows: defaultdict[int, dict[int, int]] = defaultdict(dict)
+    rows: defaultdict[tuple[int, int], dict[int, int]] = defaultdict(dict)
     columns = 0
     for event in forwards:
-        row = rows[event.stage]
+        row = rows[event.stage, event.device]
         # The ticks whose middle lies in [start, end), up to rounding.
         first, last = (math.ceil(time / seconds - 0.5 - 1e-9) for time in (event.start, event.end))
         row.update(dict.fromkeys(range(first, last), event.sample))
         columns = max(columns, last)
     width = max(len(str(number)) for number in (columns, *(event.sample for event in forwards))) + 1
-    label = max(len(f"stage {stage}") for stage in rows)
+    several = len(rows) > len({stage for stage, _ in rows})
+    names = {(s, d): f"stage {s}, device {d}" if several else f"stage {s}" for s, d in rows}
+    label = max(map(len, names.values()))
     lines = ["tick".ljust(label) + " " + "".join(str(column).rjust(width) for column in range(columns))]
-    for stage, row in sorted(rows.items()):
+    for place, row in sorted(rows.items()):
         cells = "".join(str(row.get(column, ".")).rjust(width) for column in range(columns))
-        lines.append(f"stage {stage}".ljust(label) + " " + cells)
+        lines.append(names[place].ljust(label) + " " + cells)
     return "\n".join(lines)
 
 

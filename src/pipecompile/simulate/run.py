@@ -35,8 +35,9 @@ def simulate(
         plan: the seconds of its stages and the cores of its devices.
         link: what a message costs the device at either end.
         samples: how many samples the caller submits, each as soon as there is room for it.
-        throttle: edge name -> a slower link, which delivers a message only after its latency and
-            bytes / bandwidth, one message at a time, without work for either device.
+        throttle: edge (``0>1``, all rings of its replicas) -> a slower link, which delivers a message
+            only after its latency and bytes / bandwidth, one message at a time, without work for
+            either device.
         host: what a message costs the caller at its end; None: nothing, as in the plan's loads.
         interval: least seconds from one submission to the next, for the latency under light load.
 
@@ -87,21 +88,24 @@ class _Run:
 
     def __init__(self, program: Program, plan: Plan, link: Link, throttle: Mapping[str, Link], host: Link) -> None:
         for name in throttle:
-            program.edge(name)
+            program.rings(name)
         self._program, self._link, self._host = program, link, host
         self._engine = Engine()
-        self._rings = {edge.name: _Ring(edge, self._engine, throttle.get(edge.name)) for edge in program.edges}
+        self._rings = {edge.name: _Ring(edge, self._engine, throttle.get(edge.between)) for edge in program.edges}
         self._incoming: defaultdict[int, list[_Ring]] = defaultdict(list)
         self._outgoing: defaultdict[int, list[_Ring]] = defaultdict(list)
         for ring in self._rings.values():
             self._incoming[ring.edge.target].append(ring)
             self._outgoing[ring.edge.source].append(ring)
         self._seconds = {s.index: s.seconds if s.measured is None else s.measured for s in plan.stages}
-        self._device = {stage: device.device for device in program.devices for stage in device.stages}
+        self._devices: defaultdict[int, dict[int, int]] = defaultdict(dict)
+        for device in program.devices:
+            for stage in device.stages:
+                self._devices[stage][device.replica] = device.device
         cores = {index: device.core for index, device in enumerate(plan.cluster.devices)}
         self._core: dict[int, Hashable] = {
-            device: ("device", device) if cores.get(device) is None else cores[device]
-            for device in self._device.values()
+            device.device: ("device", device.device) if cores.get(device.device) is None else cores[device.device]
+            for device in program.devices
         }
         self._events: list[Event] = []
         self._submitted: list[float] = []
@@ -128,7 +132,7 @@ class _Run:
             if step.op is Op.RECV:
                 self._rings[step.edge].post(sample)
             elif step.op is Op.FORWARD:
-                for ring in self._incoming[stage]:
+                for ring in self._of(self._incoming[stage], sample):
                     begin = engine.now
                     yield ring.arrival(sample)
                     yield Busy(core, self._link.latency)
@@ -147,25 +151,31 @@ class _Run:
         for sample in range(samples):
             yield sample * interval
             # A sample goes to all its readers or to none, as in the runtime.
-            for ring in self._outgoing[HOST]:
+            rings = self._of(self._outgoing[HOST], sample)
+            for ring in rings:
                 yield ring.credit(sample)
             self._submitted.append(self._engine.now)
-            for ring in self._outgoing[HOST]:
+            for ring in rings:
                 yield Busy("host", self._host.seconds(ring.edge.nbytes))
                 self._send(ring, sample)
 
     def _collect(self, samples: int) -> Actor:
-        rings = self._incoming[HOST]
-        for ring in rings:
-            for sample in range(ring.edge.slots):
-                ring.post(sample)
+        for ring in self._incoming[HOST]:
+            for turn in range(ring.edge.slots):
+                ring.post(ring.edge.first + turn * ring.edge.stride)
         for sample in range(samples):
+            rings = self._of(self._incoming[HOST], sample)
             for ring in rings:
                 yield ring.arrival(sample)
             for ring in rings:
                 yield Busy("host", self._host.seconds(ring.edge.nbytes))
-                ring.post(sample + ring.edge.slots)
+                ring.post(sample + ring.edge.reach)
             self._finished.append(self._engine.now)
+
+    @staticmethod
+    def _of(rings: Iterable[_Ring], sample: int) -> list[_Ring]:
+        """Those of the rings that carry a sample."""
+        return [ring for ring in rings if ring.edge.carries(sample)]
 
     def _send(self, ring: _Ring, sample: int) -> None:
         begin, end = ring.sent(sample)
@@ -175,7 +185,8 @@ class _Run:
     def _note(self, stage: int, activity: Activity, sample: int, start: float, end: float, edge: str = "") -> None:
         # Only what takes time is an event; computing always is, so that each sample shows up.
         if end > start or activity == "F":
-            self._events.append(Event(self._device[stage], stage, activity, sample, start, end, edge))
+            devices = self._devices[stage]
+            self._events.append(Event(devices[sample % len(devices)], stage, activity, sample, start, end, edge))
 
 
 __all__ = ["simulate"]

@@ -30,7 +30,7 @@ class Options:
             (``drop_newest``), all that wait go (``latest``), or its source gets
             :class:`~pipecompile.errors.Overloaded` (``error``).
         max_in_flight: how many samples may be inside the pipeline, and how many may wait before
-            it. None: as many as its rings hold, and 8; for ``latest`` one a stage, and 1.
+            it. None: as many as its rings hold, and 8; for ``latest`` one a device, and 1.
         deadline: seconds after being offered within which a sample must have entered, else it is
             dropped.
         on_error: what the consumer gets for a sample that failed: its exception is raised (the
@@ -59,15 +59,15 @@ class Options:
         if self.deadline is not None and not self.deadline >= 0.0:
             raise InputError(f"deadline={self.deadline}: it is seconds from being offered, 0 or more")
 
-    def inside(self, stages: int) -> int:
-        """How many samples may be inside a pipeline of that many stages.
+    def inside(self, devices: int) -> int:
+        """How many samples may be inside a pipeline of that many devices.
 
-        For ``latest`` one a stage: a sample then waits nowhere longer than the slowest stage
+        For ``latest`` one a device: a sample then waits nowhere longer than the slowest stage
         takes, so that its age at delivery is at most about stages times that (Little's law).
         """
         if self.max_in_flight is not None:
             return self.max_in_flight
-        return stages if self.on_overload == "latest" else 1 << 60
+        return devices if self.on_overload == "latest" else 1 << 60
 
     @property
     def waiting(self) -> int:

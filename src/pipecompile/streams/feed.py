@@ -30,7 +30,7 @@ class Feed:
         self.changed = threading.Condition()
         self.entrance = Entrance(options.on_overload, options.waiting)
         self.inside: deque[Entry] = deque()
-        self.limit = options.inside(len(engine.package.plan.stages))
+        self.limit = options.inside(len(engine.package.modules))
         self.sequence = 0
         """Number of the next sample."""
         self._settled, self._gap = -1, 0

@@ -28,14 +28,15 @@ class PortInfo:
         return f"{'a message' if self.receives else 'a free slot'} on edge {self.edge.name}"
 
 
-def ports_of(edges: Sequence[Edge], stages: Sequence[int]) -> tuple[PortInfo, ...]:
+def ports_of(edges: Sequence[Edge], stages: Sequence[int], replica: int = 0) -> tuple[PortInfo, ...]:
     """The ports of a device in the order both the worker and the parent number them."""
-    return tuple(
-        PortInfo(edge, receives)
-        for edge in edges
-        for receives in (True, False)
-        if (edge.target if receives else edge.source) in stages
-    )
+
+    def here(edge: Edge, receives: bool) -> bool:
+        if receives:
+            return edge.target in stages and edge.target_replica == replica
+        return edge.source in stages and edge.source_replica == replica
+
+    return tuple(PortInfo(edge, receives) for edge in edges for receives in (True, False) if here(edge, receives))
 
 
 class DeviceLink:

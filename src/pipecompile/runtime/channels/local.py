@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pipecompile.errors import PipelineError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.program import Edge
-from pipecompile.runtime.channels.ring import RingLayout, RingReceiver, RingSender, make_slots
+from pipecompile.runtime.channels.ring import Ring, RingLayout, RingReceiver, RingSender
 
 
 class LocalSignal:
@@ -37,15 +37,14 @@ class LocalEdge:
     """Both ends of an edge. Values are copied, so that a stage never sees its sender's tensors."""
 
     def __init__(self, edge: Edge, sizes: Mapping[str, int]) -> None:
-        self._edge = edge
         layout = RingLayout.of(edge, sizes)
-        self._slots = make_slots(mmap.mmap(-1, max(layout.nbytes, mmap.PAGESIZE)), layout)
+        self._ring = Ring.map(mmap.mmap(-1, max(layout.nbytes, mmap.PAGESIZE)), layout)
         self._arrivals, self._credits = LocalSignal(edge.name), LocalSignal(edge.name)
 
     def sender(self, index: int = 0) -> RingSender:
         """The sending end."""
-        return RingSender(self._edge, self._slots, self._arrivals, self._credits, index)
+        return RingSender(self._ring, self._arrivals, self._credits, index)
 
     def receiver(self, index: int = 0, throttle: Link | None = None) -> RingReceiver:
         """The receiving end."""
-        return RingReceiver(self._edge, self._slots, self._arrivals, self._credits, index, throttle)
+        return RingReceiver(self._ring, self._arrivals, self._credits, index, throttle)

@@ -3,7 +3,8 @@
 A receiver posts a slot (one credit to the sender), the sender fills it and announces it (one
 arrival to the receiver). Posting message ``i + slots`` gives the slot of message ``i`` away, so
 there is no separate release. Both ends count for themselves and ask the carrier only when their
-count is used up.
+count is used up. The end of a stream needs no slot: the sender leaves word of it beside them, and
+announces that as it does a message.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pipecompile.runtime.channels.cells import Cell, capacity, make_cell
 
 _HEADER = ALIGNMENT
 _SEQUENCE, _FLAGS, _SENT = 0, 1, 2
-_END, _FAILED = 1, 2
+_FAILED = 1
 
 clock = time.monotonic
 
@@ -58,7 +59,7 @@ class Signal(Protocol):
 
 @dataclass(frozen=True)
 class RingLayout:
-    """Where everything lies in the memory of an edge: ``slots`` times header and cells."""
+    """Where everything lies in the memory of an edge: ``slots`` times header and cells, then the end word."""
 
     edge: Edge
     rooms: tuple[int, ...]
@@ -76,7 +77,7 @@ class RingLayout:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole ring."""
-        return self.slot_nbytes * self.edge.slots
+        return self.slot_nbytes * self.edge.slots + _HEADER
 
 
 class Slot:
@@ -88,6 +89,8 @@ class Slot:
         start = layout.slot_nbytes * index
         words = memoryview(memory)[start : start + _HEADER]
         self.header, self.clock = words.cast("q"), words.cast("d")
+        # Either end may write this: nothing is sent before both are there.
+        self.header[_SEQUENCE] = -1
         self.posted = 0.0
         cells: list[Cell] = []
         at = start + _HEADER
@@ -99,20 +102,33 @@ class Slot:
         self.values: tuple[Any, ...] | None = tuple(cell.load() for cell in cells) if fixed else None
 
 
-def make_slots(memory: mmap.mmap, layout: RingLayout) -> tuple[Slot, ...]:
-    """All slots of a ring. Their views must be ordinary tensors, whatever mode the caller is in."""
-    with torch.inference_mode(False), torch.no_grad():
-        return tuple(Slot(memory, layout, index) for index in range(layout.edge.slots))
+@dataclass(frozen=True)
+class Ring:
+    """A ring as one process sees it. ``last[0]`` is one more than the message the stream ended before, or 0."""
+
+    edge: Edge
+    slots: tuple[Slot, ...]
+    last: memoryview
+
+    @classmethod
+    def map(cls, memory: mmap.mmap, layout: RingLayout) -> Ring:
+        """The ring in mapped memory. Its views must be ordinary tensors, whatever mode the caller is in."""
+        with torch.inference_mode(False), torch.no_grad():
+            slots = tuple(Slot(memory, layout, index) for index in range(layout.edge.slots))
+        return cls(layout.edge, slots, memoryview(memory)[layout.nbytes - _HEADER : layout.nbytes].cast("q"))
 
 
 class RingSender:
-    """The sending end. ``sample`` is the next message to put."""
+    """The sending end. ``sample`` is the next message to put; they are ``stride`` apart."""
 
-    __slots__ = ("_add", "_count", "_credit", "_read", "_slots", "_wait", "edge", "index", "sample")
+    __slots__ = (
+        "_add", "_count", "_credit", "_last", "_read", "_slots", "_stride", "_wait", "edge", "index", "sample",
+    )  # fmt: skip
 
-    def __init__(self, edge: Edge, slots: tuple[Slot, ...], arrivals: Signal, credits: Signal, index: int = 0) -> None:
-        self.edge, self.index, self.sample = edge.name, index, 0
-        self._slots, self._count, self._credit = slots, len(slots), 0
+    def __init__(self, ring: Ring, arrivals: Signal, credits: Signal, index: int = 0) -> None:
+        self.edge, self.index, self.sample = ring.edge.name, index, ring.edge.first
+        self._slots, self._count, self._credit = ring.slots, len(ring.slots), 0
+        self._stride, self._last = ring.edge.stride, ring.last
         self._add, self._wait, self._read = arrivals.add, credits.wait, credits.read
 
     def ready(self) -> bool:
@@ -148,8 +164,9 @@ class RingSender:
         self._announce(slot, 0)
 
     def end(self) -> None:
-        """Tell the receiver that no message follows (needs a posted slot)."""
-        self._announce(self._turn(self.sample), _END)
+        """Tell the receiver that no message follows. Needs no posted slot: it may never post again."""
+        self._last[0] = self.sample + 1
+        self._add()
 
     def fail(self, sample: int) -> None:
         """Tell the receiver that message ``sample`` will hold no values (needs a posted slot)."""
@@ -160,40 +177,36 @@ class RingSender:
             raise PipelineError(f"edge {self.edge}: message {sample} was put when {self.sample} was due")
         if not self._credit:
             raise PipelineError(f"edge {self.edge}: message {sample} was put into a slot that is not posted")
-        return self._slots[sample % self._count]
+        return self._slots[sample // self._stride % self._count]
 
     def _announce(self, slot: Slot, flags: int) -> None:
         slot.header[_SEQUENCE] = self.sample
         slot.header[_FLAGS] = flags
         slot.clock[_SENT] = clock()
         self._credit -= 1
-        self.sample += 1
+        self.sample += self._stride
         self._add()
 
 
 class RingReceiver:
-    """The receiving end. ``sample`` is the next message to take.
+    """The receiving end. ``sample`` is the next message to take, ``reach`` later the one that reuses its slot.
 
     With a ``throttle`` a message counts as arrived only when a link of that latency and
     bandwidth, carrying one message at a time, would have delivered it.
     """
 
     __slots__ = (
-        "_add", "_count", "_due", "_last", "_posted", "_read", "_slots", "_throttle", "_wait", "available", "edge",
-        "ended", "index", "sample",
+        "_add", "_count", "_due", "_end", "_last", "_posted", "_read", "_slots", "_stride", "_throttle", "_wait",
+        "available", "edge", "ended", "index", "reach", "sample",
     )  # fmt: skip
 
     def __init__(
-        self,
-        edge: Edge,
-        slots: tuple[Slot, ...],
-        arrivals: Signal,
-        credits: Signal,
-        index: int = 0,
-        throttle: Link | None = None,
+        self, ring: Ring, arrivals: Signal, credits: Signal, index: int = 0, throttle: Link | None = None
     ) -> None:
-        self.edge, self.index, self.sample, self.available, self.ended = edge.name, index, 0, 0, False
-        self._slots, self._count, self._posted = slots, len(slots), 0
+        self.edge, self.index, self.available, self.ended = ring.edge.name, index, 0, False
+        self.sample = self._posted = ring.edge.first
+        self._slots, self._count, self._end = ring.slots, len(ring.slots), ring.last
+        self._stride, self.reach = ring.edge.stride, ring.edge.reach
         self._add, self._wait, self._read = credits.add, arrivals.wait, arrivals.read
         self._throttle, self._last, self._due = throttle, 0.0, -1.0
 
@@ -203,15 +216,20 @@ class RingReceiver:
         Raises:
             PipelineError: if it is out of turn, or its slot holds a message not yet taken.
         """
-        if sample != self._posted or sample - self.sample >= self._count:
+        if sample != self._posted or sample - self.sample >= self.reach:
             raise PipelineError(
                 f"edge {self.edge}: message {sample} was posted when {self._posted} was due and {self.sample} was next "
                 f"to take ({self._count} slots)"
             )
-        self._posted = sample + 1
+        self._posted = sample + self._stride
         if self._throttle is not None:
-            self._slots[sample % self._count].posted = clock()
+            self._slots[sample // self._stride % self._count].posted = clock()
         self._add()
+
+    def post_all(self) -> None:
+        """Offer every slot there is."""
+        for _ in range(self._count):
+            self.post(self._posted)
 
     def refill(self) -> None:
         """Count what has arrived, without blocking."""
@@ -263,23 +281,24 @@ class RingReceiver:
             self._last, self._due = self._due, -1.0
         self.available -= 1
         sample = self.sample
-        slot = self._slots[sample % self._count]
+        slot = self._slots[sample // self._stride % self._count]
         if slot.header[_SEQUENCE] != sample:
+            if self._end[0] == sample + 1:
+                self.ended = True
+                return None
             found = slot.header[_SEQUENCE]
             raise PipelineError(f"edge {self.edge}: message {sample} was due, but its slot holds {found}")
-        flags = slot.header[_FLAGS]
-        if flags == _END:
-            self.ended = True
-            return None
-        self.sample = sample + 1
-        if flags:
+        self.sample = sample + self._stride
+        if slot.header[_FLAGS]:
             raise SampleFailed(sample)
         return slot
 
     def _delivery(self) -> float:
         """When the throttle delivers the message due (known to have been sent)."""
         if self._due < 0.0:
-            slot = self._slots[self.sample % self._count]
+            slot = self._slots[self.sample // self._stride % self._count]
+            if slot.header[_SEQUENCE] != self.sample:
+                return 0.0  # the end
             self._due = max(slot.clock[_SENT], slot.posted, self._last)
             if self._throttle is not None and not slot.header[_FLAGS]:
                 self._due += self._throttle.seconds(sum(cell.size() for cell in slot.cells))

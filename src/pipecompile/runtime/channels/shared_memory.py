@@ -13,7 +13,7 @@ from functools import partial
 from pipecompile.errors import PipelineError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.program import Edge
-from pipecompile.runtime.channels.ring import RingLayout, RingReceiver, RingSender, make_slots
+from pipecompile.runtime.channels.ring import Ring, RingLayout, RingReceiver, RingSender
 
 
 def allocate(name: str, nbytes: int) -> int:
@@ -84,11 +84,10 @@ class SharedEdge:
 
     def sender(self, index: int = 0) -> RingSender:
         """The sending end. Make at most one of each end per edge."""
-        slots = make_slots(attach(self.memory), self.layout)
-        return RingSender(self.layout.edge, slots, EventSignal(self.arrivals), EventSignal(self.credits), index)
+        ring = Ring.map(attach(self.memory), self.layout)
+        return RingSender(ring, EventSignal(self.arrivals), EventSignal(self.credits), index)
 
     def receiver(self, index: int = 0, throttle: Link | None = None) -> RingReceiver:
         """The receiving end."""
-        slots = make_slots(attach(self.memory), self.layout)
-        arrivals, credits = EventSignal(self.arrivals), EventSignal(self.credits)
-        return RingReceiver(self.layout.edge, slots, arrivals, credits, index, throttle)
+        ring = Ring.map(attach(self.memory), self.layout)
+        return RingReceiver(ring, EventSignal(self.arrivals), EventSignal(self.credits), index, throttle)
