@@ -196,6 +196,10 @@ def compile(
     """
     if mode not in ("infer", "train"):
         raise PlanError(f"mode={mode!r} is not available: choose 'infer' or 'train'")
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"compile() takes an nn.Module, got {type(model).__name__}: put it into a module's forward()")
+    if isinstance(example_inputs, Mapping):
+        raise InputError("example_inputs are the positional arguments; give a dict of keywords as example_kwargs=")
     tell = progress or silent
     _import_aside("pulp")
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
@@ -307,6 +311,10 @@ def make_cluster(devices: int | Sequence[str] | Cluster) -> Cluster:
     """
     if isinstance(devices, Cluster):
         return devices
+    if isinstance(devices, str):
+        devices = [devices]
+    if not isinstance(devices, (int, Sequence)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PlanError(f"devices={devices!r}: give a count, a list of names such as 'cpu:0', or a Cluster")
     cores = sorted(os.sched_getaffinity(0))
     if isinstance(devices, int):
         if devices < 1:
@@ -320,7 +328,7 @@ def make_cluster(devices: int | Sequence[str] | Cluster) -> Cluster:
             )
         return Cluster(tuple(Device(f"cpu:{i}", core=cores[i % len(cores)]) for i in range(devices)))
     found: list[Device] = []
-    for name in devices:
+    for name in map(str, devices):
         kind, _, index = name.partition(":")
         if kind != "cpu" or not index.isdigit():
             raise PlanError(f"unknown device {name!r}: this version knows 'cpu:<number>'")
@@ -329,6 +337,8 @@ def make_cluster(devices: int | Sequence[str] | Cluster) -> Cluster:
         found.append(Device(name, core=cores[int(index)]))
     if not found:
         raise PlanError("devices is empty: at least one device is needed")
+    if len(set(found)) < len(found):
+        raise PlanError(f"devices={list(devices)!r} names a device twice: give each core one stage, or a count")
     return Cluster(tuple(found))
 
 

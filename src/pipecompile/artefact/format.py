@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 #: Raised when a reader of an older version could misread a newer file.
-FORMAT = 2
+FORMAT = 3
 
 MANIFEST, PLAN, PROGRAM, WEIGHTS = "manifest.json", "plan.json", "program.json", "weights.safetensors"
 

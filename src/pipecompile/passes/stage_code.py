@@ -21,6 +21,7 @@ from pipecompile.ir.program import DeviceProgram, Op, Program
 from pipecompile.ir.training import Gradients
 from pipecompile.passes.codegen import define, indent, stage_state, title, tuple_of
 from pipecompile.passes.emit import HEADER, Emitter, local
+from pipecompile.passes.layers import free_closure
 from pipecompile.passes.operators import draws, heavy_weights
 
 #: What generated training modules begin with.
@@ -56,7 +57,7 @@ class StepEmitter(Emitter):
 
     def needed(self, nodes: list[fx.Node]) -> set[fx.Node]:
         """The free nodes that must be computed before ``nodes``."""
-        return self._needed(nodes)
+        return free_closure(nodes, self.model.free)
 
     def statement(self, node: fx.Node) -> list[str]:
         """As for a stream; the edge is taken at once, since an in-place operator may follow."""
