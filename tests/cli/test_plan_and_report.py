@@ -26,7 +26,9 @@ def test_plan_as_json(run: Run) -> None:
     status, out, err = run("plan", "nets:Picture", "--input", "1x3x32x32", "--json")
     assert status == 0, err
     data = json.loads(out)
-    assert [each["stages"] for each in data["alternatives"]] == [1, 2]
+    shapes = [(each["stages"], each["devices"]) for each in data["alternatives"]]
+    assert shapes[:2] == [(1, 1), (2, 2)]
+    assert shapes[2:] in ([], [(1, 2)]), "copies where the planner thinks they may be better"
     for each in data["alternatives"]:
         loads = [
             (stage["seconds"] if stage["measured"] is None else stage["measured"]) + stage["transfer"]
