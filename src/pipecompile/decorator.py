@@ -82,7 +82,8 @@ def pipeline(
         InputError: if the class itself has an attribute ``pipeline``, ``stream`` or ``close``. At
             the first call also what :func:`pipecompile.compile` raises.
     """
-    known = [*inspect.signature(driver.compile).parameters][3:]
+    parameters = inspect.signature(driver.compile).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(
