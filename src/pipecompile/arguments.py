@@ -8,8 +8,11 @@ from typing import Any
 import torch
 
 from pipecompile.errors import InputError
+from pipecompile.ir.graph import evaluate
 from pipecompile.ir.package import Package
 from pipecompile.ir.tree import Tree, flatten
+
+_DENSE = torch.strided
 
 
 class Arguments:
@@ -25,7 +28,9 @@ class Arguments:
         self._tree = package.in_tree
         args, kwargs = package.in_tree.children
         self._one_tensor = len(args.children) == 1 and args.children[0].kind == "leaf" and not kwargs.children
-        dynamic = {*dynamic, *((symbol.input, symbol.dim) for symbol in package.symbols.values())}
+        sized = {(symbol.input, symbol.dim) for symbol in package.symbols.values()}
+        sized |= {(i, dim) for symbol in package.symbols.values() for i, dim, _ in symbol.also}
+        dynamic = {*dynamic, *sized}
         self._checks = [
             (spec.torch_dtype, torch.Size(spec.shape), tuple((i, dim) not in dynamic for dim in range(len(spec.shape))))
             for i, spec in enumerate(package.inputs)
@@ -44,9 +49,13 @@ class Arguments:
 
     def check(self, leaves: list[Any]) -> list[Any]:
         """The flat tensors of a call, compared with what was compiled for."""
+        new_sizes = False
         for i, (leaf, (dtype, shape, fixed)) in enumerate(zip(leaves, self._checks, strict=True)):
-            if leaf.dtype is not dtype or leaf.device.type != "cpu" or leaf.shape != shape:
+            if leaf.dtype is not dtype or not leaf.is_cpu or leaf.layout is not _DENSE or leaf.shape != shape:
                 self._check(i, leaf, dtype, shape, fixed)
+                new_sizes = True
+        if new_sizes:
+            self._check_sizes(leaves)
         return leaves
 
     def of_item(self, item: Any) -> list[Any]:
@@ -108,6 +117,8 @@ class Arguments:
         name = self._package.input_names[index]
         if leaf.device.type != "cpu":
             raise InputError(f"input {name!r} is on {leaf.device}; this pipeline runs on cpu: pass it as .cpu()")
+        if leaf.layout is not torch.strided:
+            raise InputError(f"input {name!r} has layout {leaf.layout}: pass it as .to_dense()")
         if leaf.dtype is not dtype:
             raise InputError(f"input {name!r} has dtype {leaf.dtype}, compiled for {dtype}: pass it as .to({dtype})")
         if leaf.dim() != len(shape) or any(
@@ -126,6 +137,19 @@ class Arguments:
                     f"input {name!r} has size {size} in dimension {symbol.dim}; the model was captured for "
                     f"{symbol.low} to {symbol.high}"
                 )
+
+    def _check_sizes(self, leaves: Sequence[torch.Tensor]) -> None:
+        """Sizes that follow from others, in one input or between inputs."""
+        sizes, names = self.sizes(leaves), self._package.input_names
+        for symbol in self._package.symbols.values():
+            for i, dim, expression in symbol.also:
+                want = evaluate(expression, sizes)
+                if leaves[i].shape[dim] != want:
+                    raise InputError(
+                        f"input {names[i]!r} has size {leaves[i].shape[dim]} in dimension {dim}; with "
+                        f"{names[symbol.input]!r} of size {leaves[symbol.input].shape[symbol.dim]} in dimension "
+                        f"{symbol.dim} it must be {want}"
+                    )
 
 
 def _same_const(one: Any, other: Any) -> bool:

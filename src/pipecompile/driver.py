@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 import threading
@@ -202,6 +203,10 @@ def compile(
     """
     if mode not in ("infer", "train"):
         raise PlanError(f"mode={mode!r} is not available: choose 'infer' or 'train'")
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"compile() takes an nn.Module, got {type(model).__name__}: put it into a module's forward()")
+    if isinstance(example_inputs, Mapping):
+        raise InputError("example_inputs are the positional arguments; give a dict of keywords as example_kwargs=")
     tell = progress or silent
     _import_aside("pulp")
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
@@ -315,6 +320,10 @@ def make_cluster(devices: int | Sequence[str] | Cluster) -> Cluster:
     """
     if isinstance(devices, Cluster):
         return devices
+    if isinstance(devices, str):
+        devices = [devices]
+    if not isinstance(devices, (int, Sequence)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PlanError(f"devices={devices!r}: give a count, a list of names such as 'cpu:0', or a Cluster")
     cores = sorted(os.sched_getaffinity(0))
     if isinstance(devices, int):
         if devices < 1:
@@ -328,7 +337,7 @@ def make_cluster(devices: int | Sequence[str] | Cluster) -> Cluster:
             )
         return Cluster(tuple(Device(f"cpu:{i}", core=cores[i % len(cores)]) for i in range(devices)))
     found: list[Device] = []
-    for name in devices:
+    for name in map(str, devices):
         kind, _, index = name.partition(":")
         if kind != "cpu" or not index.isdigit():
             raise PlanError(f"unknown device {name!r}: this version knows 'cpu:<number>'")
@@ -337,6 +346,8 @@ def make_cluster(devices: int | Sequence[str] | Cluster) -> Cluster:
         found.append(Device(name, core=cores[int(index)]))
     if not found:
         raise PlanError("devices is empty: at least one device is needed")
+    if len(set(found)) < len(found):
+        raise PlanError(f"devices={list(devices)!r} names a device twice: give each core one stage, or a count")
     return Cluster(tuple(found))
 
 
@@ -389,7 +400,9 @@ class Compiler:
         machine may have changed its speed between the two.
         """
         plans = [self.plan(profile, cluster), self.plan(profile, cluster, replicas=True)]
-        gains = [simulate(self.program(p), p, cluster.link, samples).throughput * p.total for p in plans]
+        gains = [
+            simulate(self.program(p), p, cluster.link, whole_rounds(p, samples)).throughput * p.total for p in plans
+        ]
         if not plans[1].replicated:
             return plans[0]
         best = gains.index(max(gains))
@@ -423,6 +436,15 @@ class Compiler:
             self.traced.parameters,
             imports,
         )
+
+
+def whole_rounds(plan: Plan, samples: int) -> int:
+    """About so many samples, such that the middle half of the stream is whole rounds of all replicas.
+
+    Results of replicas come in bursts; a window that cuts one in two would count too much or too little.
+    """
+    rounds = math.lcm(*(len(stage.devices) for stage in plan.stages))
+    return 4 * rounds * math.ceil(samples / (4 * rounds)) + 1
 
 
 def _skeleton(package: Package, tensors: Mapping[str, torch.Tensor]) -> nn.Module:

@@ -95,6 +95,20 @@ BAD = {
     "calling a result": "def f(x):\n    return x(1)",
     "calling an item": "def f(x):\n    return x[0](1)",
     "redefining an allowed function": "def count():\n    return 1",
+    "attribute of an operator": "def f(x):\n    return aten.add.__getattribute__('__class__')",
+    "attribute set on an operator": "def f(x):\n    aten.add.__setattr__('g', x)",
+    "attribute kept on an operator": "def f(x):\n    return aten.add.g(x)",
+    "plain attribute of an operator": "def f(x):\n    return aten.add.op(x)",
+    "TorchScript function that writes a file": "def f(x):\n    aten.save.default(x, 'evil')",
+    "TorchScript function that seeds": "def f(x):\n    aten.manual_seed.default(3)",
+    "unchecked sparse indices": "def f(x):\n    return aten._sparse_coo_tensor_unsafe.default(x, x, [1])",
+    "unknown higher-order operator": "def f(x):\n    return torch.ops.higher_order.call_torchbind(x)",
+    "deleting from torch": "def f(x):\n    del torch.float32",
+    "loop over an attribute": "def f(x):\n    for torch.float32 in x:\n        break",
+    "item in a tuple of targets": "def f(x):\n    (y, x[0]) = x",
+    "deleting an item": "def f(x):\n    del x[0]",
+    "port that was something else": "def f(link, x):\n    p = link.sender('a')\n    p = x\n    p.put(1)",
+    "function inside a branch": "def f(x):\n    if x:\n        def g(y):\n            return y\n    return x",
     "syntax": "def f(:",
 }
 
@@ -110,3 +124,10 @@ def test_trust_allows_custom_operators_and_nothing_else() -> None:
     check_source(custom, "device_0.py", trust=True)
     with pytest.raises(ArtefactError):
         check_source("def f(x):\n    return open(x)\n", "device_0.py", trust=True)
+
+
+def test_operators_with_unusual_names_are_allowed() -> None:
+    """Every operator the dispatcher knows, in-place, dunder and sizes included; the adapter's internals are there."""
+    names = ("add.Tensor", "add_.Tensor", "__and__.Tensor", "sym_size.int", "_to_copy.default", "scatter.src")
+    for name in names:
+        check_source(f"def f(x):\n    return aten.{name}(x)\n", "device_0.py")

@@ -138,6 +138,18 @@ def test_too_old_torch_is_refused(copy: Path) -> None:
         pipecompile.load(copy)
 
 
+@pytest.mark.parametrize("entry", ["outputs", "state", "in_tree", "modules", "parameters"])
+def test_entries_that_make_no_sense_are_refused(copy: Path, entry: str) -> None:
+    change(copy, **{entry: [{"kind": "leaf"}]} if entry != "in_tree" else {entry: {}})
+    manifest = json.loads((copy / "manifest.json").read_text())
+    if entry == "parameters":
+        del manifest["parameters"]
+        manifest["digest"] = layout.manifest_digest(manifest)
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtefactError, match="do not fit together"):
+        pipecompile.load(copy)
+
+
 def test_evil_code_is_refused_even_with_a_true_digest(copy: Path) -> None:
     source = (copy / "device_0.py").read_text()
     (copy / "device_0.py").write_text(source.replace("aten = torch.ops.aten", "aten = __import__('os')", 1))

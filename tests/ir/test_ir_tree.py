@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import json
-from collections import OrderedDict, namedtuple
+import subprocess  # noqa: F401 loaded, so that their classes could be found
+import tempfile  # noqa: F401
+from collections import OrderedDict, defaultdict, deque, namedtuple
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hand_made
+from pipecompile.errors import InputError
 from pipecompile.ir.tree import AttributeDict, Tree, flatten, unflatten
 
 Pair = namedtuple("Pair", ["left", "right"])
@@ -24,6 +28,10 @@ class Record:
 
     values: Any
     label: str = ""
+
+
+class Colour(enum.Enum):
+    RED = 1
 
 
 class Plain:
@@ -107,6 +115,51 @@ def test_an_absent_class_becomes_attributes() -> None:
     assert found.right == "first"
     with pytest.raises(AttributeError):
         _ = found.missing
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(2, 3).shape,
+        torch.zeros(2, 3).median(1),
+        defaultdict(list, {"a": torch.zeros(1)}),
+        {(2, "x"): 1j, "b": b"\x01", "s": slice(1, None), "r": range(3), "l": torch.strided, "e": Colour.RED},
+        [torch.channels_last, Record, torch.device("cpu")],
+    ],
+    ids=["Size", "return type", "defaultdict", "constants", "torch's constants"],
+)
+def test_classes_and_constants_survive_json(value: Any) -> None:
+    leaves, tree = flatten(value)
+    for known in (tree, Tree.from_json(json.loads(json.dumps(tree.to_json())))):
+        assert same(unflatten(known, leaves), value)
+
+
+@pytest.mark.parametrize("value", [{1, 2}, deque([1]), (t for t in ()), torch.zeros(2).numpy()], ids=lambda v: type(v))
+def test_what_cannot_be_rebuilt_is_refused(value: Any) -> None:
+    with pytest.raises(InputError, match=type(value).__name__):
+        flatten([value])
+
+
+def test_an_object_that_holds_itself_is_refused() -> None:
+    loop = Plain(None)
+    loop.size = [loop]
+    with pytest.raises(InputError, match="holds itself"):
+        flatten(loop)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "keys"),
+    [
+        ("namedtuple", "subprocess:Popen", ["args"]),
+        ("mapping", "subprocess:Popen", ["true"]),
+        ("object", "tempfile:_TemporaryFileCloser", ["name"]),
+        ("list", "subprocess:Popen", []),
+        ("namedtuple", f"{__name__}:Plain", ["size"]),
+    ],
+)
+def test_a_file_cannot_choose_what_is_called(kind: str, name: str, keys: list[str]) -> None:
+    data = {"kind": kind, "class": name, "keys": keys, "children": [{"kind": "const", "const": "x"}] * len(keys)}
+    assert type(unflatten(Tree.from_json(data), [])) in (AttributeDict, list)
 
 
 def test_wrong_number_of_leaves() -> None:

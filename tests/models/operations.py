@@ -489,3 +489,131 @@ def quantised() -> Built:
             return self.layer((x / self.scale).round().clamp(-128, 127).to(torch.int8).to(x.dtype) * self.scale)
 
     return nn.Sequential(Fake(), nn.ReLU6(), Fake(), nn.Hardtanh(), Fake()), positional(lambda: torch.randn(2, 6))
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.inner, self.out = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def positive(t: Tensor) -> Tensor:
+            return torch.cond(t.max() > 1, lambda u: self.inner(u), lambda u: u - 1, (t,))
+
+        h = self.into(x)
+        return self.out(torch.cond(h.sum() > 0, positive, lambda t: t.cos(), (h,)))
+
+
+@case("nested_cond", notes="a graph within a graph, both of the same name")
+def nested_cond() -> Built:
+    return Nested(), positional(lambda: torch.randn(2, 4), 8)
+
+
+class AutocastInAutocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = self.first(x)
+            with torch.autocast("cpu", enabled=False):
+                high = self.second(low.float())
+            low = self.third(low)
+        return high, low
+
+
+@case("autocast_in_autocast", notes="regions within a region, each a graph of its own")
+def nested_autocast() -> Built:
+    return AutocastInAutocast(), positional(lambda: torch.randn(2, 8))
+
+
+class Conjugate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4, dtype=torch.cfloat), nn.Linear(4, 4, dtype=torch.cfloat)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.first(x).conj()
+        z = self.second(y)
+        return z.mH, y.imag, (-z).conj()
+
+
+@case("conjugate_views", notes="lazy conjugation crosses stages; operators whose names begin with an underscore")
+def conjugate() -> Built:
+    return Conjugate(), positional(lambda: torch.randn(3, 4, dtype=torch.cfloat))
+
+
+class Numbers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[float], torch.Size]:
+        y = self.first(x)
+        return self.second(y * y.max().item()), y[0, :3].tolist(), y.shape
+
+
+@case("numbers_out_of_tensors", notes="item() crosses stages, tolist() and a torch.Size in the result")
+def numbers() -> Built:
+    return Numbers(), positional(lambda: torch.randn(2, 8))
+
+
+class Kept(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = self.first(x)
+        mask = torch.ones(h.shape)
+        early = h * mask
+        mask[:, :3] = 0
+        chosen = mask.gather(1, h.argsort(1))
+        scale = torch.zeros(6)
+        scale[::2] = 2
+        return self.second(early * chosen), chosen, scale
+
+
+@case("constants_written_before_use", notes="a mask filled in place, read before and after, and one returned as it is")
+def kept() -> Built:
+    return Kept(), positional(lambda: torch.randn(4, 6))
+
+
+@case("vmap", refused="a batched tensor has no memory of its own to look at")
+def vmapped() -> Built:
+    class Vmap(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(self.layer)(x)
+
+    return Vmap(), positional(lambda: torch.randn(3, 2, 4))
+
+
+@case("result_of_unknown_size", refused="nonzero() gives as many rows as the values say")
+def unknown_size() -> Built:
+    class Found(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nonzero(self.layer(x) > 0)
+
+    return Found(), positional(lambda: torch.randn(3, 4))
+
+
+@case("sparse_buffer", refused="a sparse matrix has no strides")
+def sparse() -> Built:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("matrix", torch.eye(4).to_sparse())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sparse.mm(self.matrix, x)
+
+    return Graph(), positional(lambda: torch.randn(4, 3))

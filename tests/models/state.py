@@ -143,3 +143,71 @@ class Cached(nn.Module):
 @case("state_key_value_cache", notes="one token a sample, attention over all before it")
 def cached() -> Built:
     return nn.Sequential(nn.Linear(8, 8), Cached(), Cached(), Cached()), positional(lambda: torch.randn(1, 8), 5)
+
+
+class Attribute(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.total = torch.zeros(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        self.total += h.mean(0)
+        return self.second(h) * self.total
+
+
+@case("state_in_a_plain_tensor", notes="written in place though it is no buffer; tracing must not move it")
+def plain_tensor() -> Built:
+    return Attribute(), positional(lambda: torch.randn(2, 6), 4)
+
+
+class Decaying(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.first.weight.mul_(0.9)
+        return self.second(self.first(x))
+
+
+@case("state_in_a_parameter", notes="a weight written in forward; tracing must not move it")
+def written_parameter() -> Built:
+    return Decaying(), positional(lambda: torch.randn(2, 6), 4)
+
+
+class Switching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.out = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.norm.train()
+        y = self.norm(self.layer(x))
+        self.norm.eval()
+        return self.out(y)
+
+
+@case("state_batchnorm_trained_in_forward", notes="an operator that writes to its statistics without declaring it")
+def switching() -> Built:
+    return Switching(), positional(lambda: torch.randn(5, 6), 4)
+
+
+class Previous(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        changed = y if self.last is None else y - self.last
+        self.last = y
+        return changed
+
+
+@case("state_in_an_attribute", refused="the last result is kept where capture takes it for a constant")
+def previous() -> Built:
+    return Previous(), positional(lambda: torch.randn(2, 6), 4)

@@ -299,3 +299,59 @@ class PassThrough(nn.Module):
 @case("returns_inputs_too", notes="two inputs among the results, one of them used by nothing")
 def pass_through() -> Built:
     return PassThrough(), positional(lambda: (torch.randn(3, 6), torch.randint(0, 9, (2,))))
+
+
+class Names(nn.Module):
+    """Arguments and modules called what generated code calls its own things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("torch", "aten", "link", "state", "message", "sample", "stage_0", "len"):
+            self.add_module(name, nn.Linear(4, 4))
+        self.register_buffer("p_torch_weight_", torch.randn(4))
+
+    def forward(
+        self, state: Tensor, message: Tensor, run: Tensor, stage_1: Tensor, from_host: Tensor, **others: Tensor
+    ) -> tuple[Tensor, ...]:
+        y = state + message + run + stage_1 + from_host + sum(others.values())
+        for layer in self.children():
+            y = layer(y)
+        return y + self.p_torch_weight_ + state, message * 2, from_host + 1, stage_1 - others["class"]
+
+
+@case("names_of_generated_code")
+def names() -> Built:
+    others = ("state_", "count", "class", "a b", "_x", "v_x", "to_host")
+    arguments = ("state", "message", "run", "stage_1", "from_host", *others)
+    return Names(), keywords(lambda: {name: torch.randn(2, 4) for name in arguments})
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.second(self.first(x) + y)
+
+
+@case("one_tensor_for_two_inputs", notes="only in the example: later calls give two")
+def twice() -> Built:
+    same = torch.randn(2, 4)
+    return Sum(), [((same, same), {}), *positional(lambda: (torch.randn(2, 4), torch.randn(2, 4)), 2)]
+
+
+@case("result_hooks", notes="a hook keeps a result where forward reads it")
+def hooked() -> Built:
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.kept: list[Tensor] = []
+            self.first.register_forward_hook(lambda _module, _inputs, result: self.kept.append(result))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+            self.kept.clear()
+            return self.second(self.first(x)), list(self.kept)
+
+    return Hooked(), positional(lambda: torch.randn(2, 4))

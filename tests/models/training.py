@@ -330,4 +330,30 @@ def attention() -> Job:
     return Job(Attention(), (torch.randn(BATCH, 4, 8),), classes(4), loss)
 
 
+class HandedThrough(nn.Module):
+    """Gradients that are the very tensors that came in: sums of equal shapes, views, and a loss made by the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(6, 6) for _ in range(4))
+        self.shift = nn.ParameterList(nn.Parameter(torch.randn(2, 6)) for _ in range(4))  # of a micro-batch's shape
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.a(x) + self.shift[0]
+        hidden = hidden + self.b(hidden) + self.shift[1]
+        hidden = (hidden.view(2, 2, 3) * 1.0).view(2, 6) + self.shift[2]
+        hidden = hidden + self.shift[3]
+        out = self.d(torch.tanh(self.c(hidden)))
+        return {"loss": (out - y).square().mean(), "out": out + 1}
+
+
+def own_loss(result: dict[str, torch.Tensor], _: Any) -> torch.Tensor:
+    return result["loss"]
+
+
+@training("handed_through", "gradients that alias a message, a loss computed in the model")
+def handed_through() -> Job:
+    return Job(HandedThrough(), (torch.randn(BATCH, 6), torch.randn(BATCH, 6)), torch.zeros(BATCH), own_loss)
+
+
 __all__ = ["BATCH", "TRAINING", "Job", "Training"]

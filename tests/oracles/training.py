@@ -1,7 +1,7 @@
 """Training in one process and one graph, over the same micro-batches: what a pipeline must equal.
 
 Shares no code with the package. Gradients are accumulated by plain ``backward()`` calls; the
-random operators of a micro-batch are seeded by the documented rule (three rounds of SplitMix64
+random operators of a micro-batch are seeded by the documented rule (four rounds of SplitMix64
 over seed, step, micro-batch, number of the operator) in a dispatch mode.
 """
 
@@ -27,14 +27,13 @@ class Masks(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name in RANDOM:
-            seed, step, micro_batch = self.key
-            torch.default_generator.manual_seed(mixed(seed, [step, micro_batch, self.count]))
+            torch.default_generator.manual_seed(mixed([*self.key, self.count]))
             self.count += 1
         return func(*args, **(kwargs or {}))
 
 
-def mixed(seed: int, parts: Sequence[int]) -> int:
-    size = 2**64
+def mixed(parts: Sequence[int]) -> int:
+    size, seed = 2**64, 0
     for part in parts:
         seed = ((seed ^ part) + 11400714819323198485) % size
         seed = ((seed ^ (seed >> 30)) * 13787848793156543929) % size

@@ -218,3 +218,37 @@ def test_dynamic_sizes_are_recorded_with_their_range() -> None:
     assert (symbol.input, symbol.dim, symbol.high) == (0, 0, 64)
     (value,) = [spec for name, spec in traced.graph.values.items() if name == "linear"]
     assert value.dynamic
+
+
+def test_sizes_shared_by_inputs_are_checked_in_every_call() -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, int]:
+            return x + y[: x.shape[0]], x.shape[0]
+
+    length = torch.export.Dim("length", min=2, max=9)
+    shapes = {"x": {0: length}, "y": {0: 2 * length}}
+    traced = Trace(dynamic_shapes=shapes).apply(Two(), (torch.ones(3), torch.ones(6)), {})
+    (symbol,) = traced.graph.symbols.values()
+    assert [place[:2] for place in symbol.also] == [(1, 0)]
+
+
+class Remembers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.last = nn.Linear(3, 3), nn.BatchNorm1d(3), torch.zeros(2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.layer.weight.mul_(0.5)
+        self.last += 1
+        return self.layer(x) + self.last
+
+
+def test_tracing_leaves_weights_and_attributes_as_they_were() -> None:
+    model = Remembers()
+    weight, last = model.layer.weight.detach().clone(), model.last
+    traced = Trace().apply(model, (torch.ones(2, 3),), {})
+    assert torch.equal(model.layer.weight, weight)
+    assert model.last is last
+    assert not last.any()
+    assert {entry.fqn for entry in traced.graph.state if entry.mutated} == {"layer.weight", "last"}

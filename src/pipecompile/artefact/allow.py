@@ -3,13 +3,16 @@
 A saved pipeline holds code, so doing without pickle is not safety yet. Loaded code may define
 functions, call torch operators, operator and math functions and what it defined itself, index,
 branch, loop over ``count()`` and yield. It may not import anything else, reach attributes by
-other paths, or touch names that begin with an underscore.
+other paths, assign to anything but its own variables, or touch names that begin with an underscore.
+
+This bounds what loaded code can reach, not what a kernel does when it is given nonsense.
 """
 
 from __future__ import annotations
 
 import ast
 
+from pipecompile.artefact.operators import is_tensor_operator
 from pipecompile.errors import ArtefactError
 
 _IMPORTS = {"import math", "import operator", "import torch", "from itertools import count"}
@@ -32,15 +35,17 @@ _TORCH = _words("device autocast sym_max sym_min sym_not sym_float sym_int sym_s
 _OPERATOR = _words(
     "add sub mul truediv floordiv mod pow neg eq ne lt le gt ge and_ or_ xor not_ abs getitem pos inv invert"
 )
-_DUNDER_OPERATORS = frozenset(
-    f"__{kind}{name}__" for kind in ("", "i", "r") for name in _words("and or xor lshift rshift")
+#: Higher-order operators: they call functions of the same file only.
+_HIGHER_ORDER = _words("while_loop scan map_impl associative_scan flex_attention")
+#: ATen operators that reach outside the process, or skip the checks that keep others within their memory.
+_REFUSED = _words("from_file _sparse_coo_tensor_unsafe _sparse_compressed_tensor_unsafe _sparse_csr_tensor_unsafe") | (
+    _words("_sparse_csc_tensor_unsafe _sparse_bsr_tensor_unsafe _sparse_bsc_tensor_unsafe")
 )
-#: ATen operators that reach outside the process.
-_REFUSED = _words("from_file")
 _MATH = _words("ceil floor trunc sqrt inf nan")
 _BUILTINS = _words("complex slice range")
 _MODULE_NAMES = _words("torch aten operator math count link")
-_LINK = _words("state receiver sender post put end")
+_LINK = _words("state receiver sender")
+_PORT = _words("post put end")
 
 
 def check_source(source: str, filename: str, *, trust: bool = False) -> None:
@@ -86,12 +91,15 @@ class _Checker(ast.NodeVisitor):
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         if node.name in self.reserved - self.functions | _MODULE_NAMES:
             raise self.refuse(node, f"redefining {node.name!r}")
-        plain = not (node.decorator_list or node.args.defaults or node.args.kw_defaults or node.returns)
-        annotated = any(arg.annotation for arg in ast.walk(node) if isinstance(arg, ast.arg))
-        if not plain or annotated or any(isinstance(inner, ast.FunctionDef) for inner in node.body):
+        extras = (node.decorator_list, node.args.defaults, node.args.kw_defaults, node.returns)
+        typed = getattr(node, "type_params", None) or any(
+            a.annotation for a in ast.walk(node) if isinstance(a, ast.arg)
+        )
+        nested = any(isinstance(inner, ast.FunctionDef) for inner in ast.walk(node) if inner is not node)
+        if any(extras) or typed or nested:
             raise self.refuse(node, f"the form of function {node.name!r}")
         self.visit(node.args)
-        self.ports = set()
+        self.ports = _ports(node)
         for statement in node.body:
             self.visit(statement)
 
@@ -100,18 +108,25 @@ class _Checker(ast.NodeVisitor):
         if node.arg in self.reserved - {"link"}:
             raise self.refuse(node, f"redefining {node.arg!r}")
 
+    def _target(self, node: ast.AST, target: ast.expr) -> None:
+        """Only variables are assigned to, looped over and deleted: nothing outside changes."""
+        names = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
+        if not all(isinstance(name, ast.Name) for name in names):
+            raise self.refuse(node, f"changing {ast.unparse(target)!r}")
+
     def visit_Assign(self, node: ast.Assign) -> None:
-        value = node.value
-        # One port, or a list of those of replicas.
-        calls = value.elts if isinstance(value, ast.List) else [value]
-        opened = [isinstance(c, ast.Call) and ast.unparse(c.func) in ("link.receiver", "link.sender") for c in calls]
-        if opened and all(opened) and isinstance(node.targets[0], ast.Name):
-            self.ports.add(node.targets[0].id)
         for target in node.targets:
-            if not isinstance(target, (ast.Name, ast.Tuple)):
-                raise self.refuse(node, f"assigning to {ast.unparse(target)!r}")
-            self.visit(target)
-        self.visit(value)
+            self._target(node, target)
+        self.generic_visit(node)
+
+    def visit_Delete(self, node: ast.Delete) -> None:
+        for target in node.targets:
+            self._target(node, target)
+        self.generic_visit(node)
+
+    def visit_For(self, node: ast.For) -> None:
+        self._target(node, node.target)
+        self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> None:
         self._name(node, node.id)
@@ -135,13 +150,13 @@ class _Checker(ast.NodeVisitor):
         first, *rest = path.split(".")
         if not all(part.isidentifier() for part in (first, *rest)):
             return False
-        if first == "aten" and len(rest) == 2:  # operators such as aten.__and__.Tensor have such names
-            return rest[0] not in _REFUSED and (not rest[0].startswith("__") or rest[0] in _DUNDER_OPERATORS)
+        if first == "aten" and len(rest) == 2:
+            return rest[0] not in _REFUSED and is_tensor_operator(rest[0], rest[1])
         if any(part.startswith("__") for part in rest):
             return False
         match first, rest:
-            case "torch", ["ops", "higher_order", _]:
-                return True
+            case "torch", ["ops", "higher_order", name]:
+                return self.trust or name in _HIGHER_ORDER
             case "torch", ["ops", _, _, _]:
                 return self.trust
             case "torch", [name]:
@@ -153,7 +168,7 @@ class _Checker(ast.NodeVisitor):
             case "link", [name]:
                 return name in _LINK
             case _, [name]:
-                return first in self.ports and name in _LINK
+                return first in self.ports and name in _PORT
             case _:
                 return False
 
@@ -182,6 +197,20 @@ class _Checker(ast.NodeVisitor):
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         raise self.refuse(node, f"{ast.unparse(node)!r}")
+
+
+def _ports(function: ast.FunctionDef) -> set[str]:
+    """Variables that hold an end of a channel, or a list of those to replicas, and never anything else."""
+    opened: list[str] = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            (target, *rest), value = node.targets, node.value
+            calls = value.elts if isinstance(value, ast.List) else [value]
+            ends = [isinstance(c, ast.Call) and ast.unparse(c.func) in ("link.receiver", "link.sender") for c in calls]
+            if ends and all(ends) and isinstance(target, ast.Name) and not rest:
+                opened.append(target.id)
+    stored = [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    return {name for name in opened if stored.count(name) == opened.count(name)}
 
 
 def _is_torch_constant(name: str) -> bool:

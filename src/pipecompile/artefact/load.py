@@ -41,8 +41,18 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> tuple[Package,
             than this one, or holds code that is not allowed. The message names it.
     """
     folder = Path(path)
-    manifest = _manifest(folder)
-    _check_files(folder, manifest)
+    try:
+        manifest = _manifest(folder)
+        _check_files(folder, manifest)
+        return _package(folder, manifest, trust)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ArtefactError(
+            f"{folder} holds entries that do not fit together ({type(error).__name__}: {error}): "
+            "compile the model and save it again"
+        ) from error
+
+
+def _package(folder: Path, manifest: dict[str, Any], trust: bool) -> tuple[Package, dict[str, torch.Tensor]]:
     if manifest["imports"] and not trust:
         raise ArtefactError(
             f"{folder} imports {', '.join(manifest['imports'])} for custom operators: "
@@ -76,11 +86,16 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> tuple[Package,
         tuple(OutputRef(**ref) for ref in manifest["outputs"]),
         Tree.from_json(manifest["in_tree"]),
         Tree.from_json(manifest["out_tree"]),
-        {name: Symbol(**symbol) for name, symbol in manifest["symbols"].items()},
+        {name: _symbol(entry) for name, entry in manifest["symbols"].items()},
         tuple(manifest["parameters"]),
         tuple(manifest["imports"]),
     )
     return package, _tensors(folder / WEIGHTS, manifest["state"])
+
+
+def _symbol(entry: dict[str, Any]) -> Symbol:
+    also = tuple((place, dim, size) for place, dim, size in entry["also"])
+    return Symbol(entry["input"], entry["dim"], entry["low"], entry["high"], also)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pipecompile.artefact.format import FORMAT, MANIFEST, PLAN, PROGRAM, WEIGHTS, file_digest, manifest_digest
@@ -44,8 +45,9 @@ def save(package: Package, tensors: Mapping[str, torch.Tensor], path: str | os.P
             shutil.rmtree(old)
         else:
             folder.replace(target)
-    except OSError as error:
-        raise ArtefactError(f"cannot write {target}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArtefactError(f"cannot write {target}: {reason}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return target

@@ -77,12 +77,16 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A dynamic size: read from dimension ``dim`` of user input ``input``, within ``low .. high``."""
+    """A dynamic size: read from dimension ``dim`` of user input ``input``, within ``low .. high``.
+
+    ``also`` are the other places that it decides: (input, dimension, size as an expression).
+    """
 
     input: int
     dim: int
     low: int
     high: int
+    also: tuple[tuple[int, int, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,17 @@ absent: the result then is an :class:`AttributeDict`.
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-Kind = Literal["leaf", "const", "tuple", "list", "dict", "namedtuple", "mapping", "object"]
+from pipecompile.errors import InputError
+from pipecompile.ir.constants import class_name, find_class, from_json, is_constant, to_json
 
-#: Packages whose result classes may be imported when a saved pipeline is used in a process that
-#: has not imported them yet. Any other class is used only where it is already loaded.
-_IMPORTABLE = frozenset({"transformers", "collections"})
+Kind = Literal["leaf", "const", "tuple", "list", "dict", "namedtuple", "mapping", "object"]
 
 
 class AttributeDict(dict[str, Any]):
@@ -56,11 +54,11 @@ class Tree:
         if self.children:
             data["children"] = [child.to_json() for child in self.children]
         if self.keys:
-            data["keys"] = [_const_to_json(key) for key in self.keys]
+            data["keys"] = [to_json(key) for key in self.keys]
         if self.cls:
             data["class"] = self.cls
         if self.kind == "const":
-            data["const"] = _const_to_json(self.const)
+            data["const"] = to_json(self.const)
         return data
 
     @classmethod
@@ -69,9 +67,9 @@ class Tree:
         return cls(
             data["kind"],
             tuple(cls.from_json(child) for child in data.get("children", ())),
-            tuple(_const_from_json(key) for key in data.get("keys", ())),
+            tuple(from_json(key) for key in data.get("keys", ())),
             data.get("class", ""),
-            _const_from_json(data["const"]) if "const" in data else None,
+            from_json(data["const"]) if "const" in data else None,
         )
 
 
@@ -79,7 +77,11 @@ def flatten(value: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[l
     """Take a nest apart: its tensors in order, and the description to rebuild it.
 
     ``is_leaf`` adds kinds of leaves (symbolic sizes while tracing). A tensor that occurs twice
-    is listed twice. Cyclic objects raise :class:`RecursionError`.
+    is listed twice.
+
+    Raises:
+        InputError: for an object that holds itself, or keeps its contents where they cannot be read
+            (a set, a generator, a NumPy array).
     """
     leaves: list[Any] = []
 
@@ -87,25 +89,25 @@ def flatten(value: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[l
         if isinstance(item, torch.Tensor) or (is_leaf is not None and is_leaf(item)):
             leaves.append(item)
             return Tree("leaf")
-        if _is_const(item):
+        if is_constant(item):
             return Tree("const", const=item)
         kind = type(item)
-        if kind is tuple or kind is torch.Size:
-            return Tree("tuple", tuple(visit(child) for child in item))
-        if kind is list:
-            return Tree("list", tuple(visit(child) for child in item))
-        if kind is dict:
-            return Tree("dict", tuple(visit(child) for child in item.values()), tuple(item))
-        if isinstance(item, tuple) and hasattr(item, "_fields"):
-            return Tree("namedtuple", tuple(visit(c) for c in item), tuple(kind._fields), _name(kind), type_=kind)
+        name = "" if kind in (tuple, list, dict) else class_name(kind)
+        own = None if kind in (tuple, list, dict) else kind
         if isinstance(item, (tuple, list)):
-            return Tree("tuple" if isinstance(item, tuple) else "list", tuple(visit(child) for child in item))
+            known: Kind = "list" if isinstance(item, list) else "namedtuple" if hasattr(item, "_fields") else "tuple"
+            keys = tuple(item._fields) if known == "namedtuple" else ()  # type: ignore[union-attr]
+            return Tree(known, tuple(visit(child) for child in item), keys, name, type_=own)
         if isinstance(item, Mapping):
-            return Tree("mapping", tuple(visit(item[k]) for k in item), tuple(item), _name(kind), type_=kind)
+            known = "dict" if kind is dict else "mapping"
+            return Tree(known, tuple(visit(item[k]) for k in item), tuple(item), name, type_=own)
         fields = _fields(item)
-        return Tree("object", tuple(visit(v) for v in fields.values()), tuple(fields), _name(kind), type_=kind)
+        return Tree("object", tuple(visit(v) for v in fields.values()), tuple(fields), name, type_=kind)
 
-    return leaves, visit(value)
+    try:
+        return leaves, visit(value)
+    except RecursionError:
+        raise InputError(f"a {type(value).__name__} that holds itself cannot be an argument or a result") from None
 
 
 def unflatten(tree: Tree, leaves: list[Any]) -> Any:
@@ -124,10 +126,10 @@ def unflatten(tree: Tree, leaves: list[Any]) -> Any:
                 return next(rest)
             case "const":
                 return node.const
-            case "tuple":
-                return tuple(build(child) for child in node.children)
-            case "list":
-                return [build(child) for child in node.children]
+            case "tuple" | "list":
+                items = [build(child) for child in node.children]
+                kind = _class(node, (tuple, list)) or (tuple if node.kind == "tuple" else list)
+                return items if kind is list else kind(items)
             case "dict":
                 return {key: build(child) for key, child in zip(node.keys, node.children, strict=True)}
             case "namedtuple" | "mapping" | "object":
@@ -138,20 +140,40 @@ def unflatten(tree: Tree, leaves: list[Any]) -> Any:
     return build(tree)
 
 
+def _class(node: Tree, base: type | tuple[type, ...]) -> type | None:
+    """The class to rebuild, if it is here and of the family that the kind of node says."""
+    kind = node.type_ or find_class(node.cls)
+    return kind if kind is not None and issubclass(kind, base) else None
+
+
 def _construct(node: Tree, fields: dict[Any, Any]) -> Any:
-    kind = node.type_ or _find(node.cls)
-    if kind is None:
+    kind: Any = _class(node, {"namedtuple": tuple, "mapping": Mapping}.get(node.kind, object))
+    if kind is None or (node.kind == "object" and not _plain(kind)):
         return AttributeDict({str(key): value for key, value in fields.items()})
     if node.kind == "namedtuple":
-        return kind(*fields.values())
+        return kind._make(fields.values())
     if node.kind == "mapping":
-        if dataclasses.is_dataclass(kind):
-            return kind(**fields)
-        return kind(fields)
+        if issubclass(kind, defaultdict):
+            return _default(fields)
+        made: Any = kind(**fields) if hasattr(kind, "__dataclass_fields__") else kind(fields)
+        return made
     made = object.__new__(kind)
     for key, value in fields.items():
         object.__setattr__(made, key, value)
     return made
+
+
+def _default(fields: dict[Any, Any]) -> defaultdict[Any, Any]:
+    return defaultdict(None, fields)
+
+
+def _plain(kind: type) -> bool:
+    """Whether an object of that class is its attributes: nothing is kept out of Python's sight."""
+    try:
+        object.__new__(kind)
+    except TypeError:
+        return False
+    return True
 
 
 def _fields(item: Any) -> dict[str, Any]:
@@ -159,57 +181,13 @@ def _fields(item: Any) -> dict[str, Any]:
         return {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
     if hasattr(item, "__dict__"):
         return dict(vars(item))
+    if not _plain(type(item)):
+        raise InputError(
+            f"a {type(item).__module__}.{type(item).__name__} cannot be an argument or a result; use tensors, numbers, "
+            "strings, None, and tuples, lists, dicts, dataclasses or plain objects of these"
+        )
     slots = [s for k in type(item).__mro__ for s in getattr(k, "__slots__", ()) if hasattr(item, s)]
     return {slot: getattr(item, slot) for slot in slots}
-
-
-_SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, slice, range)
-
-
-def _is_const(item: Any) -> bool:
-    return isinstance(item, (*_SCALARS, type, torch.memory_format)) or (callable(item) and not hasattr(item, "_fields"))
-
-
-def _name(kind: type) -> str:
-    return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def _find(name: str) -> type | None:
-    if not name:
-        return None
-    module_name, _, path = name.partition(":")
-    module = sys.modules.get(module_name)
-    if module is None and module_name.partition(".")[0] in _IMPORTABLE:
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError:
-            return None
-    found: Any = module
-    for part in path.split("."):
-        found = getattr(found, part, None)
-    return found if isinstance(found, type) else None
-
-
-def _const_to_json(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, (int, float)) and type(value) in (int, float):
-        return value
-    if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, torch.device):
-        return {"device": str(value)}
-    return {"repr": repr(value)}
-
-
-def _const_from_json(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if "dtype" in value:
-        return getattr(torch, value["dtype"])
-    if "device" in value:
-        return torch.device(value["device"])
-    return value["repr"]
 
 
 __all__ = ["AttributeDict", "Tree", "flatten", "unflatten"]

@@ -12,20 +12,21 @@ import inspect
 import keyword
 import re
 import sys
-import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
-from pipecompile.errors import InputError, TraceError
+from pipecompile.errors import InputError, PipecompileError, TraceError
 from pipecompile.ir.graph import StateSpec, Symbol
 from pipecompile.ir.tree import Tree, flatten, unflatten
+from pipecompile.passes.explain import explain, is_torch
+from pipecompile.passes.keep import state_kept
 from pipecompile.passes.operators import buffers_of, not_exporting, quiet_export
 
 
@@ -61,7 +62,7 @@ class _Flat(nn.Module):
         before = [(m, name, buffer) for m in self.model.modules() for name, buffer in buffers_of(m).items()]
         with not_exporting() if as_eager else nullcontext():
             result = self.model(*args, **kwargs)
-        result, out_tree = flatten(result, lambda item: isinstance(item, torch.SymInt))
+        result, out_tree = flatten(result, lambda item: isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool)))
         found[:] = [out_tree]
         for module, name, buffer in before:
             _keep_assignment(module, name, buffer)
@@ -107,6 +108,12 @@ def capture(
             raise InputError(
                 f"example inputs must be dense CPU tensors, got one on {leaf.device} with layout {leaf.layout}"
             )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+            raise TraceError(
+                f"{name!r} of {type(model).__name__} is on {tensor.device} with layout {tensor.layout}; parameters and "
+                "buffers must be dense CPU tensors: convert it with .cpu() or .to_dense()"
+            )
     found: list[Tree] = []
     shapes = None
     if dynamic_shapes is not None:
@@ -115,14 +122,23 @@ def capture(
         with warnings.catch_warnings(), torch.set_grad_enabled(gradients), quiet_export():
             warnings.simplefilter("ignore")
             traced = _twin(model) if as_eager else model
-            exported = torch.export.export(
-                _Flat(traced, in_tree, found, as_eager), tuple(leaves), strict=False, dynamic_shapes=shapes
-            )
-    except TraceError:
+            # one tensor given twice would be captured as one input for good
+            apart = tuple(_alone(leaf) for leaf in leaves)
+            with state_kept(traced):  # export writes to tensors that are plain attributes
+                exported = torch.export.export(
+                    _Flat(traced, in_tree, found, as_eager), apart, strict=False, dynamic_shapes=shapes
+                )
+    except PipecompileError:
         raise
     except Exception as error:  # export raises dozens of classes, user code any
-        raise _explain(error, model) from error
+        raise explain(error, model) from error
     return _rename(exported, model, found[0], in_tree, _input_names(model, in_tree, len(args)))
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same layout in storage of its own."""
+    fresh = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    return fresh.copy_(tensor).requires_grad_(tensor.requires_grad) if 0 not in tensor.stride() else tensor.detach()
 
 
 def _twin(model: nn.Module) -> nn.Module:
@@ -139,7 +155,7 @@ def is_state(node: fx.Node) -> bool:
 def source_of(node: fx.Node) -> str:
     """``file.py:line`` of the model's own code that made a node; outside torch if possible."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if not _is_torch(frame[0])] or frames
+    own = [frame for frame in frames if not is_torch(frame[0])] or frames
     return f"{Path(own[-1][0]).name}:{own[-1][1]}" if own else ""
 
 
@@ -167,7 +183,7 @@ def _rename(
     state: list[StateSpec] = []
     tensors: dict[str, torch.Tensor] = {}
     names: list[str] = []
-    symbols: dict[str, Symbol] = {}
+    sizes: list[tuple[int, int, str]] = []
     ranges = {str(symbol): bounds for symbol, bounds in exported.range_constraints.items()}
     old_nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
     for spec in exported.graph_signature.input_specs:
@@ -175,9 +191,8 @@ def _rename(
         node = old_nodes.get(argument.name)
         if spec.kind is kinds.USER_INPUT and node is not None:
             new = graph.placeholder(input_names[len(names)])
-            for dim, size in enumerate(node.meta["val"].shape):
-                if isinstance(size, torch.SymInt) and re.fullmatch(r"\w+", str(size)):
-                    symbols.setdefault(str(size), Symbol(len(names), dim, *_bounds(ranges.get(str(size)))))
+            sizes += [(len(names), dim, str(size)) for dim, size in enumerate(node.meta["val"].shape)
+                      if isinstance(size, torch.SymInt)]  # fmt: skip
             names.append(new.name)
         elif spec.kind in letters and node is not None and spec.target is not None:
             letter, kind = letters[spec.kind]
@@ -202,11 +217,33 @@ def _rename(
         if node.op != "placeholder":
             env[node] = graph.node_copy(node, lambda old: env[old])
     module = fx.GraphModule(exported.graph_module, graph)
-    parameters = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind not in _VARIADIC]
-    return Capture(module, tuple(state), tensors, tuple(names), in_tree, out_tree, symbols, tuple(parameters))
+    parameters = [p.name for p in _parameters(model) if p.kind not in _VARIADIC]
+    return Capture(module, tuple(state), tensors, tuple(names), in_tree, out_tree, _symbols(sizes, ranges), tuple(parameters))
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(model.forward).parameters.values())
+    except ValueError:  # compiled code has no signature
+        return []
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _symbols(sizes: list[tuple[int, int, str]], ranges: Mapping[str, Any]) -> dict[str, Symbol]:
+    """Each symbol with the first dimension that is it alone, and the dimensions it decides besides."""
+    found: dict[str, Symbol] = {}
+    rest: list[tuple[int, int, str]] = []
+    for place in sizes:
+        if place[2].isidentifier() and place[2] not in found:
+            found[place[2]] = Symbol(*place[:2], *_bounds(ranges.get(place[2])))
+        else:
+            rest.append(place)
+    for name, symbol in found.items():
+        also = tuple(place for place in rest if re.search(rf"\b{name}\b", place[2]))
+        found[name] = replace(symbol, also=also)
+    return found
 
 
 def _bounds(given: Any) -> tuple[int, int]:
@@ -223,7 +260,7 @@ def _bounds(given: Any) -> tuple[int, int]:
 
 def _input_names(model: nn.Module, tree: Tree, positional: int) -> list[str]:
     """A readable name for every tensor argument: its parameter, then the path inside it."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
+    parameters = _parameters(model)
     names: list[str] = []
 
     def visit(node: Tree, path: str) -> None:
@@ -247,7 +284,7 @@ def _shapes_of_leaves(
     model: nn.Module, tree: Tree, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any
 ) -> list[Any]:
     """Spread ``dynamic_shapes`` (as ``torch.export`` takes it) over the flat tensors."""
-    names = list(inspect.signature(model.forward).parameters)
+    names = [parameter.name for parameter in _parameters(model)]
     if isinstance(dynamic_shapes, Mapping):
         unknown = set(dynamic_shapes) - set(names) - set(kwargs)
         if unknown:
@@ -269,43 +306,3 @@ def _shapes_of_leaves(
     visit(tree.children[0], of_args)
     visit(tree.children[1], of_kwargs)
     return found
-
-
-def _is_torch(filename: str) -> bool:
-    parts = Path(filename).parts
-    return "torch" in parts or "pipecompile" in parts or filename.startswith("<")
-
-
-_HINTS = (
-    (
-        ("data-dependent", "GuardOnDataDependent", "Could not guard", "aten._local_scalar_dense"),
-        "the path taken depends on the values of tensors; use torch.where, torch.cond or a fixed bound instead",
-    ),
-    (("Dim", "dynamic_shapes", "Constraints violated"), "check dynamic_shapes: see the constraint named above"),
-    (
-        ("not supported", "Unsupported", "unsupported"),
-        "replace the operation, or move it out of the model",
-    ),
-)
-
-
-def _explain(error: Exception, model: nn.Module) -> TraceError:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_torch(f.filename)]
-    text = str(error).strip() or type(error).__name__
-    quoted = re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s+(.+)', text)
-    own = [frame for frame in quoted if not _is_torch(frame[0])]
-    if own:
-        where = f"{own[-1][0]}:{own[-1][1]}: {own[-1][2].strip()}"
-    elif frames:
-        where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}"
-    else:
-        where = "unknown place"
-    hint = next(
-        (hint for words, hint in _HINTS if any(word in text or word in type(error).__name__ for word in words)),
-        "run the model once on the example inputs in plain PyTorch: if that fails too, mend it first",
-    )
-    reason = next((line.strip() for line in text.splitlines() if line.strip()), text)
-    return TraceError(
-        f"{type(model).__name__} cannot be captured as one graph.\n"
-        f"  reason: {type(error).__name__}: {reason[:300]}\n  where:  {where}\n  try:    {hint}"
-    )

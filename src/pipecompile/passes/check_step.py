@@ -10,7 +10,8 @@ from torch import fx, nn
 
 from pipecompile.errors import TraceError
 from pipecompile.ir.tree import flatten, unflatten
-from pipecompile.passes.check import buffers_kept, exact
+from pipecompile.passes.check import exact
+from pipecompile.passes.keep import state_kept
 from pipecompile.passes.observe import copies
 
 #: Relative difference of a gradient (in the 2-norm) that rounding explains, by dtype; graph and
@@ -35,7 +36,7 @@ def compare_gradients(
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with exact(model), torch.enable_grad():
-        with buffers_kept(model):
+        with state_kept(model):
             torch.manual_seed(0)
             fresh_args, fresh_kwargs = _fresh(tuple(args)), _fresh(dict(kwargs))
             expected = _differentiate(flatten(model(*fresh_args, **fresh_kwargs))[0], list(trained.values()))

@@ -6,6 +6,7 @@ import builtins
 import keyword
 import math
 import operator
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,16 +16,19 @@ from torch import fx
 
 from pipecompile.errors import TraceError
 from pipecompile.ir.graph import Layer, ModelGraph
-from pipecompile.passes.layers import AFTER, free_closure
+from pipecompile.passes.layers import AFTER, free_closure, free_results
 from pipecompile.passes.operators import is_higher_order, is_operator, qualified_name
 
 HEADER = "import math\nimport operator\nfrom itertools import count\n\nimport torch\n\naten = torch.ops.aten\n"
 
-_RESERVED = frozenset({"aten", "count", "link", "math", "operator", "torch", "sample", "start", "clock", *dir(builtins)})
+_RESERVED = re.compile(
+    r"aten|count|link|math|operator|torch|sample|start|clock|message|model|run|state"
+    r"|stage_\d+|(from|to)_(host|stage_\d+)|" + "|".join((*dir(builtins), *keyword.kwlist))
+)
 
 #: What generated training steps use besides.
 _RESERVED_IN_STEPS = frozenset(
-    "base draw edge_of edges filled grad kept loss loss_of made number passed pending state sums trained".split()
+    "base draw edge_of edges filled grad held kept loss loss_of made number passed pending state sums trained".split()
 )
 
 
@@ -37,6 +41,7 @@ class Emitter:
         self.nodes: dict[str, fx.Node] = {node.name: node for node in graph.graph.nodes}
         self.order = {node: i for i, node in enumerate(graph.graph.nodes)}
         self.functions: dict[str, str] = {}
+        self.names: dict[Any, str] = {}
 
     def body(self, layers: Sequence[Layer], results: Sequence[str], *, clock: bool = False) -> list[str]:
         """Statements that compute ``layers`` in order, forgetting values after their last use.
@@ -69,18 +74,14 @@ class Emitter:
         done: set[fx.Node] = set()
         for layer in layers:
             nodes = [self.nodes[name] for name in layer.nodes]
-            needed = self._needed(nodes) - done
+            needed = free_closure(nodes, self.model.free) - done
             done |= needed
             blocks.append((layer, [*sorted(needed, key=lambda n: self.order[n]), *nodes]))
         wanted = [self.nodes[name] for name in results if name in self.model.free]
-        rest = ({*wanted} | self._needed(wanted)) - done
+        rest = free_results(self.model.graph, wanted, self.model.free) - done
         if rest:
             blocks.append((None, sorted(rest, key=lambda n: self.order[n])))
         return blocks
-
-    def _needed(self, nodes: list[fx.Node]) -> set[fx.Node]:
-        found = free_closure(nodes, self.model.free)
-        return found | {w for node in nodes for w in node.meta.get(AFTER, ()) if w.name in self.model.free}
 
     def _comment(self, layer: Layer | None, nodes: list[fx.Node]) -> str:
         if layer is None:
@@ -135,25 +136,26 @@ class Emitter:
 
     def _function(self, target: str) -> str:
         """The name of the function a sub-graph is printed as; prints it on first use."""
-        name = target.replace(".", "_")
-        if name not in self.functions:
-            found: Any = self.module
-            for part in target.split("."):
-                found = getattr(found, part)
-            if not isinstance(found, fx.GraphModule):
-                raise TraceError(
-                    f"the graph refers to {target!r}, a {type(found).__name__}: only sub-graphs can be emitted"
-                )
-            self.functions[name] = ""  # reserve: a sub-graph may hold others
+        found: Any = self.module
+        for part in target.split("."):
+            found = getattr(found, part)
+        if not isinstance(found, fx.GraphModule):
+            raise TraceError(f"the graph refers to {target!r}, a {type(found).__name__}: only sub-graphs can be emitted")
+        if found not in self.names:
+            name = target.replace(".", "_")
+            while name in self.functions:  # a sub-graph may hold others of the same name
+                name += "_inner"
+            self.names[found] = name
+            self.functions[name] = ""
             inner = Emitter(self.model, found)
-            inner.functions = self.functions
+            inner.functions, inner.names = self.functions, self.names
             nodes = list(found.graph.nodes)
             parameters = [local(n) for n in nodes if n.op == "placeholder"]
             lines = [line for n in nodes if n.op == "call_function" for line in inner.statement(n)]
             (output,) = found.graph.find_nodes(op="output")
             lines.append(f"return {inner.expression(output.args[0])}")
             self.functions[name] = f"def {name}({', '.join(parameters)}):\n" + "".join(f"    {x}\n" for x in lines)
-        return name
+        return self.names[found]
 
 
 def _namespace(target: Any) -> str:
@@ -161,10 +163,11 @@ def _namespace(target: Any) -> str:
 
 
 def local(node: fx.Node) -> str:
-    """The variable a node's value is held in."""
+    """The variable a node's value is held in: never one of the module's own, never private, one a node."""
     name = node.name
-    reserved = name in _RESERVED or name in _RESERVED_IN_STEPS or keyword.iskeyword(name)
-    return f"{name}_value" if reserved else name
+    if _RESERVED.fullmatch(name) or name in _RESERVED_IN_STEPS:
+        return f"{name}_"
+    return f"v{name}" if re.match("v*_", name) else name
 
 
 def callee(target: Any) -> str:

@@ -23,10 +23,15 @@ from pipecompile.passes.capture import is_state, module_of, source_of
 from pipecompile.passes.observe import Observation
 from pipecompile.passes.operators import is_random, operator_name, returns_alias
 
-#: Key of ``node.meta``: earlier in-place writes to the storage a free node reads.
+#: Key of ``node.meta``: earlier in-place writes by free nodes to the storages a node reads.
 AFTER = "pipecompile_after"
 
 _DATA_DEPENDENT = re.compile(r"\bu\d+\b")
+
+
+def depends_on_data(size: str) -> bool:
+    """Whether a size, as text, has a symbol that no input's shape gives."""
+    return _DATA_DEPENDENT.search(size) is not None
 
 
 def free_nodes(graph: fx.Graph, seen: Observation) -> frozenset[str]:
@@ -39,31 +44,44 @@ def free_nodes(graph: fx.Graph, seen: Observation) -> frozenset[str]:
     state = {node for node in graph.nodes if node.op == "placeholder" and is_state(node)}
     bound = {n for n in graph.nodes if n.op == "placeholder" and (n not in state or n in written)}
     while True:
-        before = len(bound)
+        before, read = len(bound), set[fx.Node]()
         for node in graph.nodes:
-            if node.op != "call_function" or node in bound:
+            if node.op != "call_function":
                 continue
             touched = {seen.root[arg] for arg in node.all_input_nodes} | {seen.root[node]}
             if touched & bound or bound & set(node.all_input_nodes) or is_random(node.target):
                 bound.add(node)
             if node in bound:
                 bound |= set(seen.writes.get(node, ()))
+                read |= touched
+            else:  # what a sample reads before the write must not be written too early
+                bound |= read & set(seen.writes.get(node, ()))
         if len(bound) == before:
             break
     free = [node for node in graph.nodes if node.op == "call_function" and node not in bound]
     writers: dict[fx.Node, list[fx.Node]] = {}
-    for node in free:
-        touched = {seen.root[arg] for arg in node.all_input_nodes}
+    for node in graph.nodes:
+        touched = dict.fromkeys(seen.root[arg] for arg in node.all_input_nodes)
         node.meta[AFTER] = tuple(w for root in touched for w in writers.get(root, ()))
-        for root in seen.writes.get(node, ()):
+        for root in seen.writes.get(node, ()) if node not in bound else ():
             writers.setdefault(root, []).append(node)
     return frozenset(node.name for node in free)
+
+
+def free_results(graph: fx.Graph, wanted: Iterable[fx.Node], free: frozenset[str]) -> set[fx.Node]:
+    """Free nodes whose values are results of the model, with all that computes and completes them."""
+    nodes = set(wanted)
+    if not nodes:
+        return nodes
+    (output,) = graph.find_nodes(op="output")
+    nodes |= set(output.meta.get(AFTER, ()))
+    return nodes | free_closure(nodes, free)
 
 
 def free_closure(nodes: Iterable[fx.Node], free: frozenset[str]) -> set[fx.Node]:
     """The free nodes needed to compute ``nodes``, directly or through others."""
     found: set[fx.Node] = set()
-    todo = [arg for node in nodes for arg in node.all_input_nodes]
+    todo = [arg for node in nodes for arg in (*node.all_input_nodes, *node.meta.get(AFTER, ()))]
     while todo:
         node = todo.pop()
         if node.name in free and node not in found:
@@ -83,7 +101,7 @@ def find_layers(
         if node.target is operator.getitem and node.args[0] in order:
             _union(groups, free, node, node.args[0])
         _union(groups, free, node, seen.root[node])
-        if _DATA_DEPENDENT.search(_shape_text(node)):
+        if depends_on_data(_shape_text(node)):
             for user in node.users:
                 _union(groups, free, node, user)
     _tie_writes(groups, bound, seen, order)
@@ -150,7 +168,8 @@ def _number(
     layers: list[Layer] = []
     for name, nodes, component in zip(names, sorted_components, components, strict=True):
         needed = [*nodes, *free_closure(nodes, free)]
-        arguments = dict.fromkeys(a.name for n in sorted(needed, key=lambda n: order[n]) for a in n.all_input_nodes)
+        read = (a for n in sorted(needed, key=lambda n: order[n]) for a in n.all_input_nodes)
+        arguments = dict.fromkeys(a.name for a in read if a.op != "get_attr")  # sub-graphs are code, not values
         own = {node.name for node in needed}
         main = _main(nodes)
         layers.append(

@@ -15,8 +15,8 @@ from pipecompile.ir.measure import Job, Measure
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Op, Program
 from pipecompile.ir.training import Gradients, StageCost
-from pipecompile.passes.codegen_step import IMPORTS, StageWriter, StepEmitter
 from pipecompile.passes.observe import copies
+from pipecompile.passes.stage_code import IMPORTS, StageWriter, StepEmitter
 
 #: The pieces of a stage as functions that can be called again and again.
 _PIECES = """

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from pipecompile.errors import TraceError
 from pipecompile.ir.graph import TensorSpec
+from pipecompile.passes.capture import source_of
 from pipecompile.passes.operators import written_args
 
 
@@ -35,6 +37,13 @@ def observe(module: fx.GraphModule, tensors: Mapping[str, torch.Tensor], inputs:
 
     ``tensors`` are the state by placeholder name, ``inputs`` the flat user inputs.
     """
+    for node in module.graph.nodes:  # running half of one would leave torch inside it
+        if getattr(node.target, "__module__", "").startswith("torch._functorch"):
+            raise TraceError(
+                "the captured graph holds a transform of torch.func (vmap, grad), which cannot be cut into stages.\n"
+                f"  where:  {source_of(node) or 'unknown place'}\n"
+                "  try:    write this part with batched operations"
+            )
     watcher = _Watcher(module)
     watcher.run(*copies(tensors.values()), *copies(inputs))
     writes = {node: tuple(watcher.root[arg] for arg in written_args(node)) for node in module.graph.nodes}
@@ -61,13 +70,28 @@ def copies(values: Any) -> list[Any]:
 class _Watcher(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # its own errors say where
         self.specs: dict[str, TensorSpec] = {}
         self.root: dict[fx.Node, fx.Node] = {}
         self.held: dict[int, fx.Node] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        with torch.no_grad():
-            result = super().run_node(n)
+        try:
+            with torch.no_grad():
+                result = super().run_node(n)
+            self._note(n, result)
+        except Exception as error:  # an operator may raise anything
+            reason = next(iter(str(error).strip().splitlines()), "")
+            raise TraceError(
+                f"the captured operation {n.target} cannot be run by itself.\n"
+                f"  reason: {type(error).__name__}: {reason}\n"
+                f"  where:  {source_of(n) or 'unknown place'}\n"
+                "  try:    replace the operation, or keep it outside the model"
+            ) from error
+        return result
+
+    def _note(self, n: fx.Node, result: Any) -> None:
+        """Where a result lies and how it is laid out."""
         self.root[n] = n
         if n.op == "placeholder" and _storages(result):
             (pointer,) = _storages(result)
@@ -80,7 +104,6 @@ class _Watcher(fx.Interpreter):
                     break
         if isinstance(result, (torch.Tensor, bool, int, float)):
             self.specs[n.name] = _dynamic(TensorSpec.of(result), n.meta.get("val"))
-        return result
 
 
 def _storages(value: Any) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +14,10 @@ from pipecompile.errors import TraceError
 from pipecompile.ir.graph import ModelGraph, OutputRef
 from pipecompile.ir.tree import Tree, flatten
 from pipecompile.passes import clean
-from pipecompile.passes.capture import Capture, capture
+from pipecompile.passes.capture import Capture, capture, source_of
 from pipecompile.passes.check import compare_with_eager, exact, run_once
-from pipecompile.passes.layers import find_layers, free_nodes
+from pipecompile.passes.keep import attributes_kept
+from pipecompile.passes.layers import depends_on_data, find_layers, free_nodes
 from pipecompile.passes.observe import Observation, copies, observe
 
 
@@ -46,9 +48,9 @@ class Trace:
         Raises:
             TraceError: if the model cannot be captured, or the graph differs from eager.
         """
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
+        with attributes_kept(model):  # training modes among them
+            with suppress(NotImplementedError):  # the mode of an exported module is fixed
+                model.eval()
             # Caches of the libraries a model uses must be filled by a real call, not by capture.
             run_once(model, args, kwargs)
             try:
@@ -58,16 +60,13 @@ class Trace:
                     return self._attempt(model, args, kwargs, as_eager=False)
                 except TraceError:
                     raise error from error.__cause__
-        finally:
-            for module, training in modes.items():
-                module.training = training
 
     def _attempt(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, as_eager: bool) -> Traced:
         with exact(model):
             found = capture(model, args, kwargs, self.dynamic_shapes, as_eager=as_eager)
             leaves, _ = flatten((tuple(args), dict(kwargs)))
             seen = _prepare(found, leaves)
-        compare_with_eager(model, found.module, found.tensors, args, kwargs)
+        compare_with_eager(model, found.module, found.tensors, found.out_tree, args, kwargs)
         return Traced(self._graph(model, found, seen), found.tensors, found.module, found.parameters)
 
     def _graph(self, model: nn.Module, found: Capture, seen: Observation) -> ModelGraph:
@@ -75,6 +74,7 @@ class Trace:
         free = free_nodes(graph, seen)
         layers = find_layers(graph, seen, free, self._leaf_patterns(model))
         outputs, out_tree = _outputs(found)
+        _refuse_unknown_sizes(model, graph, outputs, seen)
         written = {root.name for roots in seen.writes.values() for root in roots}
         state = tuple(replace(entry, mutated=entry.name in written) for entry in found.state)
         crossing = {value for layer in layers for value in layer.makes} | {ref.name for ref in outputs}
@@ -98,6 +98,21 @@ class Trace:
         classes = tuple(entry for entry in self.leaf if isinstance(entry, type))
         paths = [name for name, module in model.named_modules() if classes and isinstance(module, classes)]
         return [entry for entry in self.leaf if isinstance(entry, str)] + paths
+
+
+def _refuse_unknown_sizes(
+    model: nn.Module, graph: fx.Graph, outputs: tuple[OutputRef, ...], seen: Observation
+) -> None:
+    """A result travels through memory set aside for it, so its size must follow from those of the inputs."""
+    made = {node.name: node for node in graph.nodes}
+    for index, ref in enumerate(outputs):
+        spec = seen.specs.get(ref.name)
+        if spec is not None and spec.dynamic and depends_on_data(spec.limit):
+            raise TraceError(
+                f"result {index} of {type(model).__name__} has a size that depends on the values of tensors.\n"
+                f"  where:  {source_of(made[ref.name])}\n"
+                "  try:    return it at a fixed size (a mask in place of the chosen items, topk in place of nonzero)"
+            )
 
 
 def _prepare(found: Capture, leaves: list[Any]) -> Observation:

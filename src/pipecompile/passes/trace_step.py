@@ -61,7 +61,7 @@ class TraceStep(Trace):
             found = capture(model, args, kwargs, self.dynamic_shapes, as_eager=as_eager, gradients=True)
             leaves, _ = flatten((tuple(args), dict(kwargs)))
             seen = _prepare(found, leaves)
-        compare_with_eager(model, found.module, found.tensors, args, kwargs)
+        compare_with_eager(model, found.module, found.tensors, found.out_tree, args, kwargs)
         return Traced(self._graph(model, found, seen), found.tensors, found.module, found.parameters)
 
 

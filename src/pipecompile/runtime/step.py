@@ -21,11 +21,11 @@ _MASK = (1 << 64) - 1
 def mask_seed(seed: int, step: int, micro_batch: int, op: int) -> int:
     """Seed of one random operator: the same whatever the schedule, the stages or the process.
 
-    Three rounds of SplitMix64 (Steele, Lea and Flood 2014), each fed the next of step,
+    Four rounds of SplitMix64 (Steele, Lea and Flood 2014), each fed the next of seed, step,
     micro-batch and the operator's number among the random ones of the model.
     """
-    state = seed & _MASK
-    for part in (step, micro_batch, op):
+    state = 0
+    for part in (seed & _MASK, step, micro_batch, op):
         state = (state ^ part) + 0x9E3779B97F4A7C15 & _MASK
         state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
         state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
@@ -48,12 +48,18 @@ class Sums:
         """Add one micro-batch. Never in place: the first may be a view of something still needed."""
         if gradient is not None:
             total = self.values.get(name)
-            self.values[name] = gradient if total is None else total + gradient
+            self.values[name] = _held(gradient) if total is None else total + gradient
 
     def take(self, name: str) -> torch.Tensor:
         """Give the sum away (zero if there is none) and begin anew."""
         total = self.values.pop(name, None)
         return torch.zeros_like(self._shapes[name]) if total is None else total.to_dense()
+
+
+def _held(gradient: torch.Tensor) -> torch.Tensor:
+    """A copy of what lies in a ring slot, which is used again: autograd may hand its argument through."""
+    own = gradient.layout is not torch.strided or gradient.untyped_storage().resizable()
+    return gradient if own else gradient.clone()
 
 
 class Updates(Protocol):
@@ -120,7 +126,7 @@ class StepLink:
 
         def loss_of(*outputs: Any) -> torch.Tensor:
             value = criterion(micro_batch, outputs)
-            self.losses.append(value.detach())
+            self.losses.append(value.detach().clone())  # it may lie in a slot
             return value
 
         return loss_of

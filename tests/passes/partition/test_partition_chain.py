@@ -29,7 +29,7 @@ def all_optimal(rng: random.Random, count: int) -> None:
 
 
 def test_optimal_on_random_chains() -> None:
-    all_optimal(random.Random(0), 200)
+    all_optimal(random.Random(0), 100)
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ def test_windows_decide_most_of_a_balanced_chain() -> None:
 @pytest.mark.parametrize("solver", ["auto", "cbc"])
 def test_a_large_transformer_is_proved(solver: SolverName) -> None:
     problem = oracles.gpt_like(1200)
-    solution = solve(problem, solver=solver)
+    solution = solve(problem, time_limit=60.0, solver=solver)
     check(problem, solution)
     assert solution.bound >= solution.objective * (1 - 2e-4)
 

@@ -44,7 +44,7 @@ def chain_only() -> Solution:
 def test_a_solver_answers_several_models_in_one_process(name: str) -> None:
     with Engine() as engine:
         for _ in range(2):
-            answer = engine.solve(name, model(oracles.diamond()), None, 10.0, 0.0)
+            answer = engine.solve(name, model(oracles.diamond()), None, 60.0, 0.0)
             assert answer.values is not None
             assert answer.bound / 100 * 29 == pytest.approx(10.0, rel=1e-5)
             assert engine.process is not None
@@ -61,7 +61,7 @@ def test_infeasible_is_an_answer(name: str) -> None:
     windows = stage_windows(problem, DEVICES, 29.0)
     small = build(problem, DEVICES, windows, 9.0, exact=True)  # the optimum is 10
     with Engine() as engine:
-        assert engine.solve(name, small, None, 10.0, 0.0) == Answer(None, 0.0, infeasible=True)
+        assert engine.solve(name, small, None, 60.0, 0.0) == Answer(None, 0.0, infeasible=True)
 
 
 def script(path: Path, text: str) -> list[str]:

@@ -44,7 +44,7 @@ def test_a_vendored_workload_and_its_experts() -> None:
 
 def check(name: str, cpus: int) -> None:
     facts = expected()[name]
-    solution = solve(throughput(DATA / "throughput-inputs" / f"{name}.json", cpus=cpus).problem)
+    solution = solve(throughput(DATA / "throughput-inputs" / f"{name}.json", cpus=cpus).problem, time_limit=60.0)
     assert solution.objective == pytest.approx(facts[f"l{cpus}"], rel=1e-4)
     assert solution.gap <= 1.1e-4
 

@@ -2,7 +2,7 @@
 
 Run as a script, never imported by the package: it needs PuLP and highspy only, and so starts fast.
 It reads pickled requests from standard input until that closes, and answers each on standard
-output with ``("answer", values, bound)`` or ``("failed", reason)``. Whatever solvers print goes nowhere.
+output with ``("answer", values, bound, complete)``, ``("infeasible", ...)`` or ``("failed", reason, ...)``. Whatever solvers print goes nowhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
-Reply = tuple[str, Any, Any]
+Reply = tuple[str, Any, Any, bool]
 
 
 def to_pulp(request: dict[str, Any]) -> tuple[Any, list[Any]]:
@@ -69,15 +69,16 @@ def run_highs(request: dict[str, Any]) -> Reply:
 
     status = solver.getModelStatus()
     if status in (highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible):
-        return "infeasible", None, None
+        return "infeasible", None, None, True
     if status not in (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kTimeLimit):
-        return "failed", f"HiGHS stopped: {solver.modelStatusToString(status)}", None
+        return "failed", f"HiGHS stopped: {solver.modelStatusToString(status)}", None, False
     info = solver.getInfo()
     bound = float(info.mip_dual_bound)
     feasible = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
     found = solver.getSolution().col_value
     values = [found[index] if (index := getattr(c, "index", None)) is not None else 0.0 for c in columns]
-    return "answer", values if feasible else None, bound if math.isfinite(bound) else 0.0
+    complete = status == highspy.HighsModelStatus.kOptimal
+    return "answer", values if feasible else None, bound if math.isfinite(bound) else 0.0, complete
 
 
 def run_cbc(request: dict[str, Any]) -> Reply:
@@ -101,7 +102,7 @@ def run_cbc(request: dict[str, Any]) -> Reply:
         if not solver.available():
             bundled = getattr(pulp, "PULP_CBC_CMD", None)
             if bundled is None:
-                return "failed", "CBC is not installed", None
+                return "failed", "CBC is not installed", None, False
             solver = pulp.getSolver("COIN_CMD", path=bundled.pulp_cbc_path, **options)
         solver.tmpDir = folder
         program.solve(solver)
@@ -109,7 +110,7 @@ def run_cbc(request: dict[str, Any]) -> Reply:
 
     # "Integer infeasible" reaches the one status, "Infeasible" the other too.
     if pulp.LpStatusInfeasible == program.status or program.sol_status == pulp.LpSolutionInfeasible:
-        return "infeasible", None, None
+        return "infeasible", None, None, True
     values = [float(column.varValue or 0.0) for column in columns]
     solved = program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
     bound = request["lower"][0]
@@ -117,7 +118,7 @@ def run_cbc(request: dict[str, Any]) -> Reply:
         bound = float(told[1])
     elif program.sol_status == pulp.LpSolutionOptimal:
         bound = values[0]
-    return "answer", values if solved else None, bound
+    return "answer", values if solved else None, bound, program.sol_status == pulp.LpSolutionOptimal
 
 
 def serve(requests: BinaryIO, replies: BinaryIO) -> None:
@@ -131,7 +132,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
         try:
             reply: Reply = run(request)
         except Exception as error:  # any way in which a third-party solver can break
-            reply = "failed", f"{type(error).__name__}: {error}", None
+            reply = "failed", f"{type(error).__name__}: {error}", None, False
         pickle.dump(reply, replies)
         replies.flush()
 

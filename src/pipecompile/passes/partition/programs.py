@@ -98,9 +98,10 @@ class Programs:
                 task.settle(inf if search.best is None else limit)
                 return
             task.bound = max(task.bound, min(answer.bound / SCALE * limit, limit))
-            if time.perf_counter() < deadline:  # so it ended by itself
-                task.done = task.exact or (self.problem.traffic.multicast and not self.problem.link.latency)
-                task.exact = True
+            if not answer.complete:
+                return
+            task.done = task.exact or (self.problem.traffic.multicast and not self.problem.link.latency)
+            task.exact = True
 
     def polish(self, deadline: float) -> None:
         """Improve the incumbent by solving two or three neighbouring stages around the busiest at a time."""

@@ -279,7 +279,7 @@ class _Search:
                     turn = FIRST_TURN if len(tasks) > 1 else max(FIRST_TURN, 0.1 * self.left)
                     programs.run(task, min(share, turn) if round == 0 else share)
                 if round == 0 and not all(task.done for task in tasks) and programs.names:
-                    programs.polish(time.perf_counter() + self.left * POLISH)
+                    programs.polish(time.perf_counter() + self.left * (POLISH if len(tasks) == 1 else POLISH / 3))
         if not all(task.done for task in tasks) and not self.closed and programs.names:
             self.notes.append("the time limit ended the search: this is the best plan found until then")
         if complete and tasks:

@@ -42,12 +42,13 @@ class SolverFailed(Exception):
 class Answer:
     """``values`` per column, or None if the solver found no solution; ``bound`` in model units.
 
-    ``infeasible``: the solver says that there is none.
+    ``infeasible``: the solver says that there is none. ``complete``: it ended before its time limit.
     """
 
     values: list[float] | None
     bound: float
     infeasible: bool = False
+    complete: bool = True
 
 
 class Engine:
@@ -81,14 +82,14 @@ class Engine:
             "seconds": seconds,
             "gap": gap,
         }
-        kind, values, bound = self._exchange(request, seconds)
+        kind, values, bound, complete = self._exchange(request, seconds)
         if kind == "failed":
             raise SolverFailed(values)
         if kind == "infeasible":
             return Answer(None, 0.0, infeasible=True)
-        return Answer(values, bound)
+        return Answer(values, bound, complete=complete)
 
-    def _exchange(self, request: dict[str, Any], seconds: float) -> tuple[str, Any, Any]:
+    def _exchange(self, request: dict[str, Any], seconds: float) -> tuple[str, Any, Any, bool]:
         deadline = time.monotonic() + seconds + GRACE
         process = self._running()
         assert process.stdin is not None
