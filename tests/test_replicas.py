@@ -198,6 +198,7 @@ class Counting(Net):
 
     def __init__(self) -> None:
         super().__init__()
+        self.seen: torch.Tensor
         self.register_buffer("seen", torch.zeros(1))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,7 +212,7 @@ def test_state_across_samples_is_not_replicated() -> None:
     model = Counting().eval()
     with pytest.raises(PlanError, match=r"replicated, but its layer .* writes to"):
         compiled(model, samples(1)[0], (2,))
-    with pipecompile.compile(model, samples(1)[0], devices=2, replicate=True, executor="inline",
+    with pipecompile.compile(model, (samples(1)[0],), devices=2, replicate=True, executor="inline",
                              profile_seconds=0.05, use_cache=False) as pipe:  # fmt: skip
         written = {i for i, layer in enumerate(pipe.plan.layer_names) if "seen" in layer}
         assert not any(stage.replicas and written.intersection(stage.layers) for stage in pipe.plan.stages)
@@ -222,7 +223,7 @@ def test_compile_takes_the_faster_of_stages_and_replicas() -> None:
     # One layer holds nearly all the work: no cut can balance it, and replicas can.
     model = torch.nn.Sequential(torch.nn.Linear(8, 900), torch.nn.Linear(900, 900), torch.nn.Linear(900, 8)).eval()
     x = torch.randn(64, 8)
-    with pipecompile.compile(model, x, devices=2, replicate=True, executor="inline", profile_seconds=0.3) as pipe:
+    with pipecompile.compile(model, (x,), devices=2, replicate=True, executor="inline", profile_seconds=0.3) as pipe:
         assert [len(stage.devices) for stage in pipe.plan.stages] == [2]
         assert any("by simulation 2 stages" in note for note in pipe.plan.notes)
         with torch.no_grad():

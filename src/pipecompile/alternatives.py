@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipecompile.driver import Compiler, Progress, make_cluster, silent
+from pipecompile.driver import Compiler, Progress, make_cluster, silent, whole_rounds
 from pipecompile.eager import eager_models
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.plan import Plan
@@ -129,7 +129,7 @@ def alternatives(
 
 def _alternative(plan: Plan, program: Program, samples: int) -> Alternative:
     link = plan.cluster.link
-    loaded = simulate(program, plan, link, samples)
+    loaded = simulate(program, plan, link, whole_rounds(plan, samples))
     # Far enough apart that no two samples meet.
     apart = 2 * sum(stage.load for stage in plan.stages) + 1e-3
     alone = simulate(program, plan, link, 3, interval=apart)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 import threading
@@ -399,7 +400,9 @@ class Compiler:
         machine may have changed its speed between the two.
         """
         plans = [self.plan(profile, cluster), self.plan(profile, cluster, replicas=True)]
-        gains = [simulate(self.program(p), p, cluster.link, samples).throughput * p.total for p in plans]
+        gains = [
+            simulate(self.program(p), p, cluster.link, whole_rounds(p, samples)).throughput * p.total for p in plans
+        ]
         if not plans[1].replicated:
             return plans[0]
         best = gains.index(max(gains))
@@ -433,6 +436,15 @@ class Compiler:
             self.traced.parameters,
             imports,
         )
+
+
+def whole_rounds(plan: Plan, samples: int) -> int:
+    """About so many samples, such that the middle half of the stream is whole rounds of all replicas.
+
+    Results of replicas come in bursts; a window that cuts one in two would count too much or too little.
+    """
+    rounds = math.lcm(*(len(stage.devices) for stage in plan.stages))
+    return 4 * rounds * math.ceil(samples / (4 * rounds)) + 1
 
 
 def _skeleton(package: Package, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
