@@ -55,7 +55,7 @@ class FakeEngine:
         self.ledger = Ledger()
         self.session = HandDriven()
         self.closed = False
-        self.package = SimpleNamespace(plan=SimpleNamespace(stages=range(stages)))
+        self.package = SimpleNamespace(modules=range(stages))
         self.arguments = SimpleNamespace(of_item=lambda item: [item])
 
     def ready(self, leaves: Any) -> HandDriven:

@@ -250,8 +250,8 @@ def test_replicas_and_chunks_are_planned_only_on_request() -> None:
     assert [stage.devices for stage in plan.stages] == [(0, 1)]
     assert plan.slowest == pytest.approx(plan.objective) == pytest.approx(5.0015)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
-    with pytest.raises(PlanError, match="cannot run replicas"):
-        Lower().apply(graph, plan, Schedule("stream").apply(plan))
+    program = Lower().apply(graph, plan, Schedule("stream").apply(plan))
+    assert [(device.device, device.replica, device.replicas) for device in program.devices] == [(0, 0, 2), (1, 1, 2)]
     four = graph_of(*(layer(f"l{i}", (f"l{i - 1}" if i else "x",), (f"l{i}",)) for i in range(4)))
     looped = Partition(2, chunks=2).apply(four, profile_of(four, 3.0, 3.0, 1.0, 1.0), cluster)
     assert [stage.device for stage in looped.stages] == [0, 1, 0, 1]
