@@ -204,8 +204,17 @@ def test_impossible_devices_are_refused(devices: Any) -> None:
 
 
 def test_unknown_mode_is_refused() -> None:
-    with pytest.raises(PlanError, match="infer"):
+    with pytest.raises(PlanError, match="choose 'infer' or 'train'"):
+        compiled(mlp(), torch.randn(2, 8), mode="learn")
+
+
+def test_options_of_the_other_mode_and_of_none() -> None:
+    with pytest.raises(InputError, match="mode='train' needs loss_fn= and optimizer="):
         compiled(mlp(), torch.randn(2, 8), mode="train")
+    with pytest.raises(InputError, match="micro_batches: only mode='train' takes that"):
+        compiled(mlp(), torch.randn(2, 8), micro_batches=2)
+    with pytest.raises(TypeError, match="no option 'device'; did you mean 'devices'"):
+        compiled(mlp(), torch.randn(2, 8), device=2)
 
 
 def test_repeated_compilation_leaks_no_tensors() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import inspect
 import math
 import os
 import sys
@@ -207,6 +209,7 @@ def compile(
         raise InputError(f"compile() takes an nn.Module, got {type(model).__name__}: put it into a module's forward()")
     if isinstance(example_inputs, Mapping):
         raise InputError("example_inputs are the positional arguments; give a dict of keywords as example_kwargs=")
+    _check_options(mode, training)
     tell = progress or silent
     _import_aside("pulp")
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
@@ -228,8 +231,6 @@ def compile(
             time_limit=time_limit, profile_seconds=profile_seconds, hang_seconds=hang_seconds, throttle=throttle,
             imports=imports, tell=tell, **training,
         )  # fmt: skip
-    if training:
-        raise InputError(f"{', '.join(sorted(training))}: only mode='train' takes that")
     partition = Partition(
         len(cluster.devices), time_limit=time_limit, objective=objective, pin=pin or {}, colocate=colocate
     )
@@ -260,6 +261,25 @@ def compile(
         deadline=deadline,
         on_failure=on_failure,
     )
+
+
+def _check_options(mode: str, training: Mapping[str, Any]) -> None:
+    """Refuse options that nobody knows, that are for training only, and training without what it needs."""
+    parameters = inspect.signature(compile_training).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    for name in training:
+        if name not in known:
+            every = [*known, *inspect.signature(compile).parameters]
+            close = difflib.get_close_matches(name, every, 1)
+            raise TypeError(f"compile() has no option {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    if training and mode == "infer":
+        raise InputError(f"{', '.join(sorted(training))}: only mode='train' takes that")
+    missing = [name for name in ("loss_fn", "optimizer") if mode == "train" and name not in training]
+    if missing:
+        raise InputError(
+            f"mode='train' needs {' and '.join(f'{name}=' for name in missing)}: for example "
+            "loss_fn=torch.nn.CrossEntropyLoss(), optimizer=functools.partial(torch.optim.SGD, lr=0.1)"
+        )
 
 
 def _import_aside(module: str) -> None:
