@@ -29,9 +29,15 @@ PAGES = [
 ]
 #: Pages whose point is a process of its own for each device; elsewhere one process is quicker.
 IN_PROCESSES = ("tutorial", "survival")
+#: Pages that take more than ten seconds, but for the tutorial: `make verify` runs them.
+LONG = ("command", "survival")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page.stem in LONG else []) for page in PAGES],
+    ids=lambda page: page.stem,
+)
 def test_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,8 +25,8 @@ Way = tuple[Case, int, Executor, str]
 
 QUICK: list[Way] = [
     *product(CORE, (2, 3), ("inline",), ("both",)),
-    *product(CORE, (2,), ("process",), ("memory",)),
-    *product(CORE[::4], (3,), ("process",), ("loaded",)),
+    *product(CORE[::3], (2,), ("process",), ("memory",)),
+    *product(CORE[1::6], (3,), ("process",), ("loaded",)),
 ]
 EVERYTHING: list[Way] = [
     *product(CORE, (2, 3), ("process",), ("both",)),

@@ -51,7 +51,7 @@ def test_inline_streams_of_any_length_equal_eager_in_order(copies: tuple[int, ..
             assert pipe.counts.submitted == pipe.counts.delivered == length + 8
 
 
-@pytest.mark.parametrize("copies", [(2,), (1, 2), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("copies", [(2,), (1, 2), pytest.param((2, 1, 2), marks=pytest.mark.slow)], ids=str)
 def test_worker_processes_equal_eager_and_end_at_any_length(copies: tuple[int, ...]) -> None:
     model = net()
     wanted = expected(model, samples(100))
@@ -111,7 +111,7 @@ def test_closed_in_the_middle_of_a_stream(executor: Literal["inline", "process"]
         assert gone(pids)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_replica_ends_the_pipeline_with_its_name(victim: int) -> None:
     with compiled(net(), samples(1)[0], (2,), "process") as pipe:
         stream = pipe.stream(cycle(samples(10)))

@@ -259,7 +259,7 @@ def kill_at_random(pipe: Any, kills: int, xs: list[torch.Tensor], want: list[tor
     assert pipe.restarts >= kills / 2  # a second kill may hit a crew that is dead already
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_workers_are_replaced_and_every_sample_comes_once(kills: int) -> None:
     model, xs = mlp(), inputs(50)
     with compiled(model, xs[0], executor="process", on_failure="restart") as pipe:
