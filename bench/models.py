@@ -93,7 +93,8 @@ def _vit() -> Example:
     return ViTModel(config), (torch.randn(1, 3, 224, 224),)
 
 
-#: The six of realistic size, then two that stress the runtime: stages of about 1 ms and 0.1 ms.
+#: The six of realistic size, then three that stress the runtime: stages of about 1 ms (the first with weights that
+#: fit a core's own cache, the second with weights that fit the shared one only while one stage runs) and 0.1 ms.
 MODELS: dict[str, Callable[[], Example]] = {
     "resnet18 224px": _resnet,
     "bert 6x384 seq128": _bert,
@@ -101,6 +102,7 @@ MODELS: dict[str, Callable[[], Example]] = {
     "vit-tiny 224px": _vit,
     "unet 128px": lambda: (_UNet(), (torch.randn(1, 3, 128, 128),)),
     "conv chain 30": lambda: (_Conv(30, 32), (torch.randn(1, 3, 64, 64),)),
+    "conv chain 30 20px": lambda: (_Conv(30, 32), (torch.randn(1, 3, 20, 20),)),
     "mlp 16x1024": lambda: _mlp(16, 1024),
     "mlp 16x256": lambda: _mlp(16, 256),
 }

@@ -42,3 +42,9 @@ def keeping() -> Generator[None]:
         for option, value in _USUAL.items():
             mallopt(option, value)
         trim(0)
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library can."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

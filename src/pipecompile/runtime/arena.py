@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pipecompile.errors import PipecompileError
+from pipecompile.runtime.allocator import give_back
 from pipecompile.runtime.channels.cells import aligned
 from pipecompile.runtime.channels.shared_memory import allocate, attach
 
@@ -121,6 +122,8 @@ def _adopt(tensors: Mapping[str, torch.Tensor]) -> Weights:
             _replace(name, tensor, view)
     if fresh is not None:
         _arenas.add(fresh)
+        # The storages the weights had are free now, but lie between blocks in use.
+        give_back()
     return Weights(tuple(used), entries, {name: _home(tensor) for name, tensor in tensors.items()})
 
 
