@@ -267,7 +267,8 @@ def test_killed_worker_is_reported_and_nothing_stays() -> None:
         session.submit(samples(1))
     session.result(timeout=10)
     os.kill(pids[1], signal.SIGKILL)
-    with pytest.raises(WorkerDied, match=r"device 1 \(stages 1\) was killed by SIGKILL while .*sample 1") as caught:
+    # A result may be here before the worker has noted that it waits for the next sample.
+    with pytest.raises(WorkerDied, match=r"device 1 \(stages 1\) was killed by SIGKILL while .*sample [01]") as caught:
         session.result(timeout=10)
     assert session.closed
     assert gone(pids)
