@@ -25,7 +25,7 @@ lint: $(VENV)/.stamp-dev ## style, types and import rules
 	@out=$$($(BIN)/lint-imports 2>&1) || { echo "$$out"; exit 1; }
 
 docs: $(VENV)/.stamp-dev ## the documentation, in site/
-	@DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	@DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.stamp-dev ## the speed claims, measured on this machine (minutes)
 	@$(BIN)/python -m bench.stream
