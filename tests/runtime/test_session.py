@@ -483,6 +483,29 @@ def test_idle_session_uses_no_processor_time(shared: Session) -> None:
     assert spent[-1] - before[-1] < 0.1
 
 
+def test_devices_do_not_sleep_while_a_call_is_awaited_and_do_afterwards(shared: Session) -> None:
+    run_all(shared, samples(1))
+    with shared.awake():  # no sample comes: the devices watch for it until their patience is at an end
+        before = [*map(_processor_ticks, shared.pids)]
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            with shared.awake():
+                time.sleep(0.001)
+        spent = [b - a for a, b in zip(before, map(_processor_ticks, shared.pids), strict=True)]
+    assert spent[-1] >= 2  # of 50 ticks, less what others take; the first device is woken by the sample itself
+    time.sleep(0.05)
+    before = [*map(_processor_ticks, shared.pids)]
+    time.sleep(0.5)
+    assert [*map(_processor_ticks, shared.pids)] == before
+
+
+def test_being_roused_is_not_a_message(shared: Session) -> None:
+    for x in samples(20):
+        with shared.awake(), shared.awake():
+            assert shared.submit([x]) is not None
+            assert torch.equal(shared.result(timeout=10)[1][0], expected(weights(), x))
+
+
 def _processor_ticks(pid: int) -> int:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])

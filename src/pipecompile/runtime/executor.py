@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -57,6 +58,10 @@ class Executor(Protocol):
 
     def nudge(self) -> None:
         """Make a :meth:`turn` in another thread come back early, or else the next one."""
+        ...
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Held while somebody waits for a single sample: devices then do not sleep until it reaches them."""
         ...
 
     def seconds(self, sample: int) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -183,6 +184,10 @@ class InlineSession:
 
     def nudge(self) -> None:
         """Nothing to do: a turn here computes, and comes back as soon as that is done."""
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Nobody sleeps here."""
+        return nullcontext()
 
     def seconds(self, sample: int) -> tuple[float, ...]:
         """What each stage spent on a sample. See ``Executor.seconds``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -118,6 +119,10 @@ class Surviving:
     def nudge(self) -> None:
         """Make a ``turn`` in another thread come back early, or else the next one."""
         self._inner.nudge()
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Keep the devices of now from sleeping; see ``Executor.awake``."""
+        return self._inner.awake()
 
     def poll(self) -> tuple[int, list[Any]] | None:
         """The next result if it is there, else None."""

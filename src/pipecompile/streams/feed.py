@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -78,6 +79,14 @@ class Feed:
         for dropped in gone:
             self.drop(dropped)
         return gone
+
+    def hurries(self, entry: Entry) -> bool:
+        """Whether who moves samples must be told of one about to be offered. Needs ``changed``.
+
+        Being woken takes time from the stages. When the pipeline is full it looks at the entrance
+        anyway as soon as a result comes, and when a sample waits already it is waiting for room.
+        """
+        return entry.due < math.inf or (not self.entrance and len(self.inside) < self.limit)
 
     def drop(self, entry: Entry) -> None:
         """Book a sample that was turned away."""
