@@ -39,15 +39,22 @@ from pipecompile.ir.cluster import Link
 from pipecompile.ir.graph import OutputRef, Symbol, TensorSpec
 from pipecompile.ir.package import DeviceModule
 from pipecompile.ir.program import HOST
+from pipecompile.runtime import nursery
 from pipecompile.runtime.executor import ResultTimeout
 from pipecompile.runtime.inline import InlineSession
 from pipecompile.runtime.session import Session
 
 
 def children() -> set[int]:
-    """Child processes, zombies included."""
-    tasks = Path(f"/proc/{os.getpid()}/task").iterdir()
-    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+    """Child processes and theirs, zombies included."""
+    found: set[int] = set()
+    ask = [os.getpid()]
+    while ask:
+        tasks = Path(f"/proc/{ask.pop()}/task").iterdir()
+        new = {int(pid) for task in tasks for pid in (task / "children").read_text().split()} - found
+        found |= new
+        ask += new
+    return found
 
 
 def descriptors() -> int:
@@ -70,6 +77,7 @@ def gone(pids: tuple[int, ...], seconds: float = 10.0) -> bool:
 
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
+    nursery.prepare()
     gc.collect()
     before = children(), descriptors(), set(os.listdir("/dev/shm"))
     yield
