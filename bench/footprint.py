@@ -1,6 +1,6 @@
 """What does a pipeline cost besides time: latency of one call, idle processor time, memory, compile time?
 
-    python -m bench.footprint [--quick]
+    python -m bench.footprint [--quick] [--parts latency ...]
 
 Latency is measured in turns with eager on one thread in the same process. Memory is PSS (a shared
 page counts once, however many map it) of the caller and its workers; what a model's weights add is
@@ -34,16 +34,22 @@ def main() -> None:
     """Print one table a question."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repeats and 10,000 instead of 100,000 samples")
-    quick = parser.parse_args().quick
+    parser.add_argument("--parts", nargs="*", default=["latency", "compiling", "memory", "endurance"])
+    options = parser.parse_args()
+    quick = options.quick
     torch.set_num_threads(1)
     console = Console(width=120)
     console.print(
         f"{time.strftime('%Y-%m-%d')}  torch {torch.__version__}  {platform.machine()}  {os.cpu_count()} cores"
     )
-    console.print(latency(8 if quick else 20))
-    console.print(compiling())
-    console.print(memory())
-    console.print(endurance(10_000 if quick else 100_000))
+    parts: dict[str, Callable[[], Table]] = {
+        "latency": lambda: latency(8 if quick else 20),
+        "compiling": compiling,
+        "memory": memory,
+        "endurance": lambda: endurance(10_000 if quick else 100_000),
+    }
+    for part in options.parts:
+        console.print(parts[part]())
 
 
 def latency(turns: int) -> Table:
