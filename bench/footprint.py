@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repeats and 10,000 instead of 100,000 samples")
     parser.add_argument("--parts", nargs="*", default=["latency", "compiling", "memory", "endurance"])
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS), help="for latency")
     options = parser.parse_args()
     quick = options.quick
     torch.set_num_threads(1)
@@ -43,7 +44,7 @@ def main() -> None:
         f"{time.strftime('%Y-%m-%d')}  torch {torch.__version__}  {platform.machine()}  {os.cpu_count()} cores"
     )
     parts: dict[str, Callable[[], Table]] = {
-        "latency": lambda: latency(8 if quick else 20),
+        "latency": lambda: latency(options.models, 8 if quick else 20),
         "compiling": compiling,
         "memory": memory,
         "endurance": lambda: endurance(10_000 if quick else 100_000),
@@ -52,12 +53,12 @@ def main() -> None:
         console.print(parts[part]())
 
 
-def latency(turns: int) -> Table:
+def latency(models: Sequence[str], turns: int) -> Table:
     """Median time of a call through an idle pipeline, beside eager; and what idling costs."""
     table = Table(
         "model", "eager ms", "pipe(x) ms", "limit ms", "within", "idle, % of a core", title="one unloaded call"
     )
-    for name in MODELS:
+    for name in models:
         model, example = build(name)
         with pipecompile.compile(model, example, devices=2) as pipe, torch.no_grad():
             calls: tuple[Callable[..., Any], ...] = (model, pipe)

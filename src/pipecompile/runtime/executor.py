@@ -40,6 +40,10 @@ class Executor(Protocol):
         """
         ...
 
+    def late(self, on: bool) -> None:
+        """Have room for a sample only when the first stage waits for one, rather than let it wait inside."""
+        ...
+
     def wait(self, timeout: float | None = None, *, or_result: bool = True) -> bool:
         """Block until there is room for a sample; whether there is.
 

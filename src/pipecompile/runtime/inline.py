@@ -170,6 +170,10 @@ class InlineSession:
         self._check()
         return self._host.submit(leaves)
 
+    def late(self, on: bool) -> None:
+        """Have room only when the first stage waits. See ``Executor.late``."""
+        self._host.late(on)
+
     def wait(self, timeout: float | None = None, *, or_result: bool = True) -> bool:
         """Run until there is room for a sample or a result to take. See ``Executor.wait``."""
         self._check()

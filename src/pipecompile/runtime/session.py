@@ -31,7 +31,9 @@ from pipecompile.runtime.records import DeviceRecord, timeline
 #: How long ``close`` lets samples in flight be computed before it kills.
 _GRACE_SECONDS = 5.0
 #: How long devices stay awake after a call: another may follow at once.
-_LINGER_SECONDS = 0.0005
+_LINGER_SECONDS = 0.0003
+#: How much longer than planned devices stay awake for a sample: the caller may be late with it.
+_LATE_SECONDS = 0.001
 
 
 class Session:
@@ -116,7 +118,7 @@ class Session:
             if apart and HOST not in (edge.source, edge.target)
         ]
         planned = [stage.seconds if stage.measured is None else stage.measured for stage in package.plan.stages]
-        self._patience = 3 * sum(planned) + 2 * _LINGER_SECONDS
+        self._patience = 3 * sum(planned) + _LATE_SECONDS
         self._arrivals: dict[int, RingReceiver] = {edges[r.edge].arrivals: r for r in self._host.receivers}
         self._credits: dict[int, RingSender] = {edges[s.edge].credits: s for s in self._host.senders}
         self._news = News(self._crew)
@@ -169,6 +171,10 @@ class Session:
         with self._submitting:
             self._check()
             return self._host.submit(leaves)
+
+    def late(self, on: bool) -> None:
+        """Have room only when the first stage waits. See ``Executor.late``."""
+        self._host.late(on)
 
     def wait(self, timeout: float | None = None, *, or_result: bool = True) -> bool:
         """Block until there is room for a sample or a result to take. See ``Executor.wait``."""

@@ -101,6 +101,10 @@ class Surviving:
         """Whether what is in flight has to come out first, so that a snapshot can be taken."""
         return bool(self._written) and self.in_flight > 0 and self._submitted - self._snapshot_at >= self._every
 
+    def late(self, on: bool) -> None:
+        """Of the executor of now. See ``Executor.late``."""
+        self._inner.late(on)
+
     def wait(self, timeout: float | None = None, *, or_result: bool = True) -> bool:
         """Block until there is room for a sample or a result to take. See ``Executor.wait``."""
         with self._lock:

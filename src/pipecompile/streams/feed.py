@@ -136,7 +136,9 @@ class Feed:
         if entry.error is None:
             assert entry.leaves is not None
             try:
-                number = self.session.submit(entry.leaves)
+                session = self.session
+                session.late(self.options.on_overload == "latest")
+                number = session.submit(entry.leaves)
             except InputError as error:
                 entry.error = _at(error, entry)
             else:

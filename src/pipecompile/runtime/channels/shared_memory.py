@@ -49,6 +49,12 @@ def attach(fd: int) -> mmap.mmap:
 _COUNT = (1 << 32) - 1
 
 
+#: One turn of the loop takes about 2 us: after so long somebody else has had the core.
+_PREEMPTED_SECONDS = 0.0005
+#: For how long the core is then left to others while waiting.
+_YIELD_SECONDS = 1.0
+
+
 def rouse(fd: int) -> None:
     """Wake the reader of a signal that a device waits for: it sees to its ``awake`` word and waits on."""
     os.eventfd_write(fd, _COUNT + 1)
@@ -60,7 +66,8 @@ class EventSignal:
     Args:
         fd: the descriptor.
         awake: one word, a time. Before it the reader looks again and again in place of sleeping:
-            a core that sleeps takes its time to come back, and is slower at first.
+            a core that sleeps takes its time to come back, and is slower at first. Where somebody
+            else wants the core it sleeps after all.
     """
 
     def __init__(self, fd: int, awake: memoryview[float] | None = None) -> None:
@@ -68,6 +75,7 @@ class EventSignal:
         self.add = partial(os.eventfd_write, fd, 1)
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
+        self._asleep_until = 0.0
         self.wait = partial(os.eventfd_read, fd) if awake is None else partial(self._watchful, awake)
 
     def read(self) -> int:
@@ -77,8 +85,15 @@ class EventSignal:
     def _watchful(self, awake: memoryview[float]) -> int:
         fd, poll = self.fd, self._poll.poll
         while True:
-            while awake[0] > clock() and not poll(0):
-                pass
+            until, last = awake[0], clock()
+            if last > self._asleep_until:
+                while last < until and not poll(0):
+                    now = clock()
+                    # After a call the caller itself may have had the core.
+                    if now - last > _PREEMPTED_SECONDS and awake[0] == until > now:
+                        self._asleep_until = now + _YIELD_SECONDS
+                        break
+                    until, last = awake[0], now
             if count := os.eventfd_read(fd) & _COUNT:
                 return count
 
