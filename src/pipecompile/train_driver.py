@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from pipecompile.ir.profile import Profile
 from pipecompile.ir.program import Program
 from pipecompile.ir.training import Gradients, StageCost, StepPackage
 from pipecompile.ir.tree import Tree, flatten, unflatten
+from pipecompile.options import Progress, silent
 from pipecompile.passes.choose_step import Candidate, ChooseStep
 from pipecompile.passes.codegen_step import CodegenStep
 from pipecompile.passes.lower_step import LowerStep, owners, weight_users
@@ -35,10 +36,8 @@ from pipecompile.passes.verify_step import VerifyStep
 from pipecompile.runtime.batches import Reduction, batched_inputs, split_inputs, split_targets
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.update import OptimizerFactory
-from pipecompile.schedules.training import STEP_SCHEDULES
+from pipecompile.schedules.training import STEP_SCHEDULES, ScheduleName
 from pipecompile.training import ExecutorName, TrainingPipeline
-
-ScheduleName = Literal["auto", "gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zb_v"]
 
 #: How far the slowest stage may be from its prediction before the model is cut again.
 _TOLERANCE = 0.1
@@ -56,7 +55,7 @@ def compile_training(
     micro_batches: int = 4,
     reduction: Reduction = "auto",
     leaf: Sequence[str | type[nn.Module]] = (),
-    ahead: int = 1,
+    ahead: int | None = None,
     seed: int = 0,
     clip_norm: float | None = None,
     memory_limit: int | None = None,
@@ -68,9 +67,10 @@ def compile_training(
     imports: Sequence[str] = (),
     time_limit: float = 10.0,
     profile_seconds: float = 2.0,
-    tell: Callable[[str, float], None] = lambda _phase, _fraction: None,
+    progress: Progress | None = None,
 ) -> TrainingPipeline:
     """See :func:`pipecompile.compile`; ``args`` and ``kwargs`` are one whole batch."""
+    tell = progress or silent
     leaves, tree = flatten((args, kwargs))
     batch, batched = batched_inputs(leaves)
     if not 1 <= micro_batches <= batch:
@@ -88,8 +88,8 @@ def compile_training(
     tell("partition", 0.6)
     loss = _Loss(loss_fn, traced.graph.out_tree, _part(example_targets, batch, micro_batches))
     planner = _Planner(
-        traced, gradients, first, loss, measure, replace(cluster, link=measured.link), micro_batches, ahead, time_limit,
-        profile_seconds,
+        traced, gradients, first, loss, measure, replace(cluster, link=measured.link), micro_batches,
+        1 if ahead is None else ahead, time_limit, profile_seconds,
     )  # fmt: skip
     names = list(STEP_SCHEDULES) if schedule == "auto" else [schedule]
     names = [name for name in names if schedule != "auto" or STEP_SCHEDULES[name].chunks <= len(traced.graph.layers)]
