@@ -19,7 +19,9 @@ from pipecompile.infer_driver import compile_inference
 from pipecompile.inference import InferencePipeline
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.package import Package
-from pipecompile.options import InferenceOptions, Mode, TrainingOptions, check_options
+from pipecompile.learn_driver import compile_learning
+from pipecompile.learning import LearningPipeline
+from pipecompile.options import InferenceOptions, LearningOptions, Mode, TrainingOptions, check_options
 from pipecompile.passes.partition import with_memory
 from pipecompile.streams.engine import ExecutorName, OnFailure
 from pipecompile.streams.entrance import Overload
@@ -27,7 +29,7 @@ from pipecompile.train_driver import compile_training
 from pipecompile.training import TrainingPipeline
 
 #: What carries out each mode: called with model, args, kwargs, cluster and the options of the mode.
-_MODES: Mapping[str, Any] = {"infer": compile_inference, "train": compile_training}
+_MODES: Mapping[str, Any] = {"infer": compile_inference, "train": compile_training, "learn": compile_learning}
 
 
 @overload
@@ -52,6 +54,17 @@ def compile(
 ) -> TrainingPipeline: ...
 
 
+@overload
+def compile(
+    model: nn.Module,
+    example_inputs: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    mode: Literal["learn"],
+    **options: Unpack[LearningOptions],
+) -> LearningPipeline: ...
+
+
 def compile(
     model: nn.Module,
     example_inputs: Sequence[Any] = (),
@@ -59,7 +72,7 @@ def compile(
     *,
     mode: Mode = "infer",
     **options: Any,
-) -> InferencePipeline | TrainingPipeline:
+) -> InferencePipeline | TrainingPipeline | LearningPipeline:
     """Compile ``model``, called as ``model(*example_inputs, **example_kwargs)``, into a pipeline.
 
     Args:
@@ -69,7 +82,7 @@ def compile(
         example_inputs: positional arguments of one call; a single tensor may stand alone.
         example_kwargs: keyword arguments of that call.
         mode: ``"infer"``: the model is compiled in eval mode. ``"train"``: in train mode, for one batch
-            of the size of the example.
+            of the size of the example. ``"learn"``: in train mode, for samples like the example.
         options: those of every mode, and those of the chosen one.
 
     Keyword Args:
@@ -106,8 +119,8 @@ def compile(
             ``"restart"``: the workers are replaced and the samples in flight computed again, from
             copies kept meanwhile; buffers that the model writes to are put back to a snapshot
             first. After three deaths in a row without a new result the last one is raised.
-        loss_fn: (train) called as ``loss_fn(result, target)`` in the last stage; gives a scalar.
-        optimizer: (train) called with a list of parameters, such as
+        loss_fn: (train, learn) called as ``loss_fn(result, target)`` in the last stage; gives a scalar.
+        optimizer: (train, learn) called with a list of parameters, such as
             ``functools.partial(torch.optim.SGD, lr=0.1)``; one is made for each stage.
         schedule: (train) ``"gpipe"``, ``"1f1b"``, ``"interleaved"``, ``"breadth_first"``, ``"zb_h1"``,
             ``"zb_v"``, or ``"auto"``, which measures the stages and simulates all of them.
@@ -115,11 +128,18 @@ def compile(
             not divide the example batch, sizes may differ from then on.
         reduction: (train) how the loss is reduced where ``loss_fn`` does not say: ``"mean"``, ``"sum"``,
             or a function of a target that counts what its mean is over.
-        example_targets: (train) targets of the example batch, to measure the last stage with.
+        example_targets: (train, learn) targets of the example, to measure the last stage with.
         clip_norm: (train) the largest norm of all gradients together.
         memory_limit: (train) bytes of activations a device may keep; ``"auto"`` chooses within it.
-        seed: (train) of dropout masks.
+        seed: (train, learn) of dropout masks.
         keep_gradients: (train) for ``pipe.gradients()``.
+        updates: (learn) ``"sync"``, ``"weight_stashing"``, ``"2bw"``, ``"stale"`` or ``"sideways"``: which
+            weights a backward sees. See docs/learning.md.
+        clock: (learn) ``"1f1b"``, or ``"lockstep"``, PARTIME's, which doubles the delay.
+        accumulate: (learn) samples of one update; None is 1, or as few as ``"2bw"`` needs.
+        on_nonfinite: (learn) a loss that is not finite ends the pipeline (``"stop"``) or makes no
+            update (``"skip"``).
+        scale_lr: (learn) divide each stage's learning rate by 1 + its delay.
 
     Raises:
         TraceError: if the model cannot be captured or its graph differs from eager.

@@ -10,8 +10,10 @@ from torch import nn
 
 from pipecompile.errors import InputError, PlanError
 from pipecompile.ir.cluster import Cluster, Link
+from pipecompile.ir.learning import Clock, Updates
 from pipecompile.passes.partition import ObjectiveName
 from pipecompile.runtime.batches import Reduction
+from pipecompile.runtime.learn import OnNonfinite
 from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.schedules.training import ScheduleName
 from pipecompile.streams.engine import ExecutorName, OnFailure
@@ -20,7 +22,7 @@ from pipecompile.streams.entrance import Overload
 #: Called with the name of the phase that begins and the fraction of the work done, 0.0 to 1.0.
 Progress = Callable[[str, float], None]
 
-Mode = Literal["infer", "train"]
+Mode = Literal["infer", "train", "learn"]
 
 
 class EveryMode(TypedDict, total=False):
@@ -74,7 +76,19 @@ class TrainingOptions(EveryMode, LossAndOptimizer, total=False):
     keep_gradients: bool
 
 
-_OPTIONS: Mapping[str, Any] = {"infer": InferenceOptions, "train": TrainingOptions}
+class LearningOptions(EveryMode, LossAndOptimizer, total=False):
+    """Options of ``mode="learn"``."""
+
+    updates: Updates
+    clock: Clock
+    accumulate: int | None
+    example_targets: Any
+    on_nonfinite: OnNonfinite
+    scale_lr: bool
+    seed: int
+
+
+_OPTIONS: Mapping[str, Any] = {"infer": InferenceOptions, "train": TrainingOptions, "learn": LearningOptions}
 
 
 def names_of(mode: Mode) -> list[str]:
@@ -122,6 +136,7 @@ def silent(_phase: str, _fraction: float) -> None:
 __all__ = [
     "EveryMode",
     "InferenceOptions",
+    "LearningOptions",
     "LossAndOptimizer",
     "Mode",
     "Progress",

@@ -86,8 +86,8 @@ def compile_training(
     measured = ProfileLayers(profile_seconds).apply(traced.graph, traced.module, traced.tensors, first, measure)
     profile = training_profile(traced.graph, measured, gradients)
     tell("partition", 0.6)
-    loss = _Loss(loss_fn, traced.graph.out_tree, _part(example_targets, batch, micro_batches))
-    planner = _Planner(
+    loss = ExampleLoss(loss_fn, traced.graph.out_tree, _part(example_targets, batch, micro_batches))
+    planner = StepPlanner(
         traced, gradients, first, loss, measure, replace(cluster, link=measured.link), micro_batches,
         1 if ahead is None else ahead, time_limit, profile_seconds,
     )  # fmt: skip
@@ -100,7 +100,7 @@ def compile_training(
     tell("codegen", 0.9)
     modules = CodegenStep().apply(graph, traced.module, plan, program, gradients)
     owned = {stage: tuple(names) for stage, names in owners(weight_users(graph, plan, gradients.weights)).items()}
-    package = replace(_package(traced, first, modules, plan, program), imports=tuple(imports))
+    package = replace(package_of(traced, first, modules, plan, program), imports=tuple(imports))
     step = StepPackage(package, owned, batched)
     tell("done", 1.0)
     return TrainingPipeline(
@@ -117,14 +117,14 @@ def compile_training(
         hang_seconds=hang_seconds,
         throttle=throttle,
         costs=tuple(
-            replace(cost, update=_update_seconds(optimizer, traced, owned.get(stage, ())))
+            replace(cost, update=update_seconds(optimizer, traced, owned.get(stage, ())))
             for stage, cost in enumerate(chosen.costs)
         ),
     )
 
 
 @dataclass
-class _Planner:
+class StepPlanner:
     """Plans, lowers and measures the model for one schedule after another."""
 
     traced: Traced
@@ -175,7 +175,7 @@ def stage_seconds(cost: StageCost) -> float:
 
 
 @dataclass(frozen=True)
-class _Loss:
+class ExampleLoss:
     """The loss on flat results, to measure the last stage with: without targets, a sum that has gradients."""
 
     loss_fn: Callable[[Any, Any], Any]
@@ -183,6 +183,11 @@ class _Loss:
     targets: Any
 
     def __call__(self, outputs: Sequence[Any]) -> torch.Tensor:
+        """The loss of the example.
+
+        Raises:
+            InputError: if it is no scalar tensor.
+        """
         if self.targets is not None:
             loss = self.loss_fn(unflatten(self.tree, list(outputs)), self.targets)
             if isinstance(loss, torch.Tensor) and loss.dim() == 0:
@@ -196,7 +201,7 @@ def _part(targets: Any, batch: int, parts: int) -> Any:
     return None if targets is None else split_targets(targets, batch, parts)[0]
 
 
-def _update_seconds(factory: OptimizerFactory, traced: Traced, names: Sequence[str]) -> float:
+def update_seconds(factory: OptimizerFactory, traced: Traced, names: Sequence[str]) -> float:
     """Median seconds of an update of copies of these weights."""
     weights = [torch.nn.Parameter(traced.tensors[name].detach().clone()) for name in names]
     if not weights:
@@ -211,9 +216,10 @@ def _update_seconds(factory: OptimizerFactory, traced: Traced, names: Sequence[s
     return statistics.median(times[1:])
 
 
-def _package(
+def package_of(
     traced: Traced, leaves: list[Any], modules: tuple[DeviceModule, ...], plan: Plan, program: Program
 ) -> Package:
+    """What a runtime needs to know of a traced model cut by ``plan``; ``leaves`` are the example."""
     graph = traced.graph
     specs = [graph.values.get(name) or TensorSpec.of(leaf) for name, leaf in zip(graph.inputs, leaves, strict=True)]
     return Package(

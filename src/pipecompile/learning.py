@@ -1,0 +1,261 @@
+"""What users hold to learn on a stream: a compiled model whose ``learn`` updates with every sample."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipecompile.arguments import Arguments
+from pipecompile.errors import InputError, PipelineClosed
+from pipecompile.ir.cluster import Link
+from pipecompile.ir.learning import PREDICTED, SKIPPED, Learned, LearnPackage, Outcome, Rule
+from pipecompile.ir.plan import Plan
+from pipecompile.ir.program import Program
+from pipecompile.ir.training import StageCost
+from pipecompile.ir.tree import flatten, unflatten
+from pipecompile.learn_run import LearnRun
+from pipecompile.model_weights import ModelWeights
+from pipecompile.runtime.inline_learn import InlineLearner, LearnOptions
+from pipecompile.runtime.learn_host import Learner
+from pipecompile.training import ExecutorName
+
+
+class LearningPipeline(nn.Module):
+    """A model compiled to learn on a stream: ``for result in pipe.learn(samples): ...``.
+
+    ``state_dict()``, ``parameters()`` and the like are the model's own, under its own names. The
+    optimizers live with the stages. Workers start with the first sample and end with ``close()``,
+    at the end of a ``with`` block, or when the pipeline is garbage collected.
+    """
+
+    _model: nn.Module
+
+    def __init__(
+        self,
+        learn: LearnPackage,
+        retarget: Callable[[Any], LearnPackage],
+        tensors: Mapping[str, torch.Tensor],
+        model: nn.Module,
+        options: LearnOptions,
+        *,
+        executor: ExecutorName = "process",
+        hang_seconds: float | None = None,
+        throttle: Mapping[str, Link] | None = None,
+        costs: tuple[StageCost, ...],
+    ) -> None:
+        super().__init__()
+        object.__setattr__(self, "_model", model)  # not a submodule: names stay the model's own
+        self._learn, self._retarget, self._options = learn, retarget, options
+        self._arguments = Arguments(learn.package)
+        self._executor: ExecutorName = executor
+        self._watching: dict[str, Any] = {"hang_seconds": hang_seconds, "throttle": throttle}
+        self._costs = costs
+        self._weights = ModelWeights(learn.package.state, learn.owned, tensors, model)
+        self._learner: Learner | None = None
+        self._run: LearnRun | None = None
+        self._samples = 0
+        self._closed = ""
+        self._lock = threading.RLock()
+
+    @property
+    def plan(self) -> Plan:
+        """Which layers run where."""
+        return self._learn.package.plan
+
+    @property
+    def program(self) -> Program:
+        """The schedule as data."""
+        return self._learn.package.program
+
+    @property
+    def learn_package(self) -> LearnPackage:
+        """The generated modules and what belongs to them."""
+        return self._learn
+
+    @property
+    def rule(self) -> Rule:
+        """How it learns: ``rule.delay(stage, stages)`` is the delay of a stage in updates."""
+        return self._learn.rule
+
+    @property
+    def costs(self) -> tuple[StageCost, ...]:
+        """Measured costs of the stages, for one sample."""
+        return self._costs
+
+    @property
+    def samples(self) -> int:
+        """How many samples have been taken in since the pipeline was made."""
+        return self._samples if self._run is None else self._run.submitted
+
+    def learn(self, samples: Iterable[Any]) -> Generator[Learned]:
+        """Results for a source of (input, target) pairs, in order, while later samples are under way.
+
+        An input is a tensor, a tuple of positional arguments or a dict of keyword arguments, as in
+        the examples. A target is a tensor or a nest of tensors, always of the same shapes, or None:
+        predict, do not learn. A result comes when the loss of its sample is known; its own update
+        may still be under way in earlier stages. When the iteration is over, all updates are made.
+        Ended early, it computes and updates what is inside, and drops those results.
+
+        Raises:
+            InputError: from ``next()``, naming the sample, if one does not fit; at once if another
+                stream is under way.
+            StepError: if a stage or the loss raises, or a loss is not finite; the pipeline is closed then.
+            WorkerDied, WorkerHung, PipelineError: if a device is lost; the pipeline is closed then.
+            Exception: what the source raised, after the results of all it gave before.
+        """
+        with self._lock:
+            self._check()
+            if self._run is not None:
+                raise InputError("a stream is under way: one learn() at a time")
+            run = self._run = LearnRun(iter(samples), self._prepare, self._samples)
+        return self._results(run)
+
+    def _results(self, run: LearnRun) -> Generator[Learned]:
+        try:
+            more = True
+            while more or run.results:
+                with self._lock:
+                    while more and not run.results:
+                        more = self._turn(run)
+                    ready = [self._learned(run) for _ in range(len(run.results))]
+                yield from ready
+            if run.error is not None:
+                raise run.error
+        finally:
+            with self._lock:
+                run.stop()
+                while not self._closed and self._turn(run):
+                    run.results.clear()
+                self._samples = run.submitted
+                self._run = None
+
+    def _turn(self, run: LearnRun) -> bool:
+        try:
+            return run.turn()
+        except Exception as error:
+            self._fail(error)
+            raise
+
+    def _learned(self, run: LearnRun) -> Learned:
+        outcome: Outcome = run.results.popleft()
+        seq, run.delivered = run.delivered, run.delivered + 1
+        output = unflatten(self._learn.package.out_tree, list(outcome.outputs))
+        loss = None if outcome.status == PREDICTED else outcome.loss
+        return Learned(seq, output, loss, outcome.versions, outcome.times, outcome.status == SKIPPED)
+
+    def _prepare(self, item: Any, sample: int) -> tuple[Learner, list[Any], list[Any] | None]:
+        """See :data:`pipecompile.learn_run.Prepare`."""
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise InputError(f"sample {sample} is no pair (input, target); the target may be None")
+        value, target = item
+        try:
+            leaves = self._arguments.of_item(value)
+            flat = None if target is None else self._target(target)
+        except InputError as error:
+            raise InputError(f"sample {sample}: {error}") from error
+        return self._ready(), [leaf.detach() for leaf in leaves], flat
+
+    def _target(self, target: Any) -> list[Any]:
+        leaves, tree = flatten(target)
+        spec = self._learn.target
+        if spec is None:
+            # The first target there is says what all are like; nothing has been learned until now.
+            if self._run is not None and self._run.begun:
+                raise InputError(
+                    "it has a target, and the stream began with samples without one: say what targets are like "
+                    "with example_targets= when compiling"
+                )
+            self._learn = self._retarget(target)
+            if self._learner is not None:
+                self._learner.close()
+                self._learner = None
+            return leaves
+        if tree != spec.tree:
+            raise InputError(f"its target has another structure than that of the first: {type(target).__name__}")
+        for leaf, wanted in zip(leaves, spec.leaves, strict=True):
+            if tuple(leaf.shape) != wanted.shape or leaf.dtype is not wanted.torch_dtype:
+                raise InputError(
+                    f"its target is a {leaf.dtype} tensor of shape {tuple(leaf.shape)}; the first was "
+                    f"{wanted.torch_dtype} of shape {wanted.shape}, and all must be alike"
+                )
+        return [leaf.detach() for leaf in leaves]
+
+    def close(self) -> None:
+        """End. What is in flight is given up. Closing twice is fine; parameters and buffers stay usable."""
+        with self._lock:
+            if self._learner is not None:
+                self._learner.close()
+            self._closed = self._closed or "it was closed"
+
+    def __enter__(self) -> LearningPipeline:
+        """Close the pipeline at the end of the block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the pipeline."""
+        self.close()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model itself, in this process, in the mode it is in: for evaluation between streams."""
+        return self._model(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> LearningPipeline:
+        """The model's own mode; ``learn`` always trains."""
+        self.training = mode
+        self._model.train(mode)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The model's ``state_dict``."""
+        return self._model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the model; counts from the next stream on."""
+        return self._model.load_state_dict(*args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's parameters under its own names."""
+        return self._model.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's buffers under its own names."""
+        return self._model.named_buffers(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Model, stages, devices and rule."""
+        devices = ", ".join(device.name for device in self.plan.cluster.devices)
+        name = self._learn.package.model
+        return f"{name}, {len(self.plan.stages)} stages on {devices}, {self.program.schedule}"
+
+    def _check(self) -> None:
+        if self._closed:
+            raise PipelineClosed(f"this pipeline cannot be used any more: {self._closed}")
+
+    def _fail(self, error: BaseException) -> None:
+        self._closed = (
+            self._closed or f"it failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        )
+        if self._learner is not None:
+            self._learner.close()
+
+    def _ready(self) -> Learner:
+        self._check()
+        if self._learner is None:
+            self._learner = InlineLearner(self._learn, self._weights.current(), self._options)
+            self._weights.remember()
+        elif self._weights.moved():
+            raise InputError(
+                "the model's parameters were replaced (assign=True, .double(), .to()): compile again, or load values "
+                "in place with load_state_dict"
+            )
+        return self._learner
+
+
+__all__ = ["LearningPipeline"]

@@ -1,0 +1,134 @@
+"""What a generated module that learns on a stream asks of the runtime: its link, whatever runs it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from pipecompile.ir.learning import LEARNED, PREDICTED, SKIPPED, Rule
+from pipecompile.ir.tree import Tree, unflatten
+from pipecompile.runtime.channels.ring import RingReceiver, RingSender
+from pipecompile.runtime.criterion import Criterion
+from pipecompile.runtime.step import mask_seed
+from pipecompile.runtime.update import DeviceUpdates
+from pipecompile.runtime.versions import StageWeights
+
+#: What a loss that is not finite does: no update from its sample, or an error.
+OnNonfinite = Literal["stop", "skip"]
+
+
+class LearnLink:
+    """The ``link`` of a generated module that learns. ``offset`` is the number of a sample less that of its message."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        stages: int,
+        tensors: Mapping[str, torch.Tensor],
+        ports: Sequence[RingReceiver | RingSender],
+        updates: DeviceUpdates,
+        seed: int,
+        snapshot: Callable[[dict[str, Any]], None],
+        mutated: Collection[str],
+    ) -> None:
+        self._rule, self._stages, self._tensors, self._updates, self._seed = rule, stages, tensors, updates, seed
+        self._snapshot, self._mutated = snapshot, mutated
+        self._receivers = {port.edge: port for port in ports if isinstance(port, RingReceiver)}
+        self._senders = {port.edge: port for port in ports if isinstance(port, RingSender)}
+        self._weights: StageWeights | None = None
+        self._version = 0
+        self.offset = 0
+        self.judge: Judge | None = None
+
+    def weights(self, stage: int, state: Sequence[str], trained: Sequence[str]) -> StageWeights:
+        """The weights of a stage; those of the stream before, where there was one."""
+        if self._weights is None:
+            self._weights = StageWeights(
+                self._rule, stage, self._stages, self._tensors, state, trained, self._updates, self._snapshot,
+                mutated=self._mutated,
+            )  # fmt: skip
+            self._weights.version = self._version
+        self._weights.begin()
+        return self._weights
+
+    @property
+    def version(self) -> int:
+        """How many updates the weights have had."""
+        return self._version if self._weights is None else self._weights.version
+
+    @version.setter
+    def version(self, value: int) -> None:
+        self._version = value
+        if self._weights is not None:
+            self._weights.version = value
+
+    def receiver(self, edge: str) -> RingReceiver:
+        """The receiving end of the named edge."""
+        return self._receivers[edge]
+
+    def sender(self, edge: str) -> RingSender:
+        """The sending end of the named edge."""
+        return self._senders[edge]
+
+    def draw(self, message: int) -> Callable[[int], None]:
+        """What seeds the random operators of a sample, by number."""
+        seed, sample, manual_seed = self._seed, message + self.offset, torch.default_generator.manual_seed
+
+        def draw(op: int) -> None:
+            manual_seed(mask_seed(seed, sample, 0, op))
+
+        return draw
+
+    def loss(self, message: int, target: Sequence[Any] | None) -> Callable[..., torch.Tensor | None]:
+        """The loss of a sample as a function of the model's results; None without a target."""
+        judge = self.judge
+        assert judge is not None, "the device with the last stage is given the loss"
+        return judge.loss_of(message + self.offset, target)
+
+    def learns(self, message: int, loss: torch.Tensor | None) -> tuple[bool, torch.Tensor]:
+        """Whether a sample makes an update, and what the caller is told of it."""
+        judge = self.judge
+        assert judge is not None, "the device with the last stage is given the loss"
+        return judge.verdict(message + self.offset, loss)
+
+
+class Judge:
+    """The loss of each sample, in the last stage, and whether to learn from it."""
+
+    def __init__(
+        self, loss_fn: Callable[[Any, Any], Any], out_tree: Tree, target: Tree | None, on_nonfinite: OnNonfinite
+    ) -> None:
+        self._criterion, self._target, self._on_nonfinite = Criterion(loss_fn, out_tree), target, on_nonfinite
+        self._criterion.weights = (1.0,)
+
+    def loss_of(self, sample: int, target: Sequence[Any] | None) -> Callable[..., torch.Tensor | None]:
+        """See :meth:`LearnLink.loss`."""
+        del sample
+
+        def loss_of(*outputs: Any) -> torch.Tensor | None:
+            if target is None or self._target is None:
+                return None
+            self._criterion.targets = (unflatten(self._target, list(target)),)
+            return self._criterion(0, outputs)
+
+        return loss_of
+
+    def verdict(self, sample: int, loss: torch.Tensor | None) -> tuple[bool, torch.Tensor]:
+        """See :meth:`LearnLink.learns`.
+
+        Raises:
+            FloatingPointError: for a loss that is not finite, unless such samples are skipped.
+        """
+        value = math.nan if loss is None else float(loss)
+        status = PREDICTED if loss is None else LEARNED if math.isfinite(value) else SKIPPED
+        if status == SKIPPED and self._on_nonfinite == "stop":
+            raise FloatingPointError(
+                f'the loss of sample {sample} is {value}: look at the sample, or compile with on_nonfinite="skip"'
+            )
+        return status == LEARNED, torch.tensor([status, value], dtype=torch.float64)
+
+
+__all__ = ["Judge", "LearnLink", "OnNonfinite"]
