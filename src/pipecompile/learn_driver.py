@@ -25,8 +25,7 @@ from pipecompile.passes.plan_step import training_profile
 from pipecompile.passes.profile import ProfileLayers
 from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_learn import VerifyLearn
-from pipecompile.runtime.inline_learn import LearnOptions
-from pipecompile.runtime.learn import OnNonfinite
+from pipecompile.runtime.learn import LearnOptions, OnNonfinite
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.schedules.learning import learning

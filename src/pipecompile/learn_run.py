@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from pipecompile.ir.learning import Outcome
 from pipecompile.runtime.learn_host import Learner
 
-#: Takes an item of the source apart: the executor that can take it, the model's flat inputs, and its target's.
-Prepare = Callable[[Any, int], tuple[Learner, list[Any], list[Any] | None]]
+#: Takes an item of the source apart: the model's flat inputs, and its target's. Called with the sample's number.
+Prepare = Callable[[Any, int], tuple[list[Any], list[Any] | None]]
+
+
+class Executors(Protocol):
+    """Who gives a run its learner."""
+
+    @property
+    def stale(self) -> bool:
+        """Whether the learner there is cannot take the sample just prepared, and another one can."""
+        ...
+
+    def ready(self) -> Learner:
+        """The learner for the sample just prepared; called when nothing is in flight."""
+        ...
 
 
 class LearnRun:
     """Feeds a learner from a source. Each :meth:`turn` hands over a sample, or waits where there is no room."""
 
-    def __init__(self, source: Iterator[Any], prepare: Prepare, first: int) -> None:
-        self._source, self._prepare = source, prepare
+    def __init__(self, source: Iterator[Any], prepare: Prepare, executors: Executors, first: int) -> None:
+        self._source, self._prepare, self._executors = source, prepare, executors
         self._learner: Learner | None = None
         self._waiting: tuple[list[Any], list[Any] | None] | None = None
         self._exhausted = self._ended = False
@@ -26,33 +39,22 @@ class LearnRun:
         self.results: deque[Outcome] = deque()
         self.mark = False
 
-    @property
-    def begun(self) -> bool:
-        """Whether any sample has gone in."""
-        return self._learner is not None
-
     def turn(self) -> bool:
         """Do one thing; False when the stream is through and all its updates are made."""
         if not self._exhausted and self._waiting is None:
             self._pull()
-        learner = self._learner
-        if self._waiting is not None:
-            assert learner is not None
-            if learner.submit(*self._waiting, self.mark):
-                self._waiting, self.mark = None, False
-                self.submitted += 1
-                self._take()
-            else:
-                self._wait(room=True)
-            return True
-        if learner is None or not learner.running:
+        if self._waiting is None:
+            return self._drain()
+        if self._learner is None or self._executors.stale:
+            if not self._drain():
+                self._learner, self._ended = self._executors.ready(), False
+                self._learner.begin(self.submitted)
+        elif self._learner.submit(*self._waiting, self.mark):
+            self._waiting, self.mark = None, False
+            self.submitted += 1
             self._take()
-            return False
-        if not self._ended:
-            self._ended = learner.end()
-            self._wait(room=not self._ended)
         else:
-            self._wait(room=False)
+            self._wait(room=True)
         return True
 
     def stop(self) -> None:
@@ -61,19 +63,23 @@ class LearnRun:
 
     def _pull(self) -> None:
         try:
-            item = next(self._source)
-            learner, leaves, target = self._prepare(item, self.submitted)
+            self._waiting = self._prepare(next(self._source), self.submitted)
         except StopIteration:
             self._exhausted = True
-            return
         except Exception as error:
             # The results of all samples before come first.
             self._exhausted, self.error = True, error
-            return
-        if learner is not self._learner:
-            self._learner = learner
-            learner.begin(self.submitted)
-        self._waiting = leaves, target
+
+    def _drain(self) -> bool:
+        """Let what is in flight come out; False when nothing is any more."""
+        learner = self._learner
+        if learner is None or not learner.running:
+            self._take()
+            return False
+        if not self._ended:
+            self._ended = learner.end()
+        self._wait(room=not self._ended)
+        return True
 
     def _wait(self, *, room: bool) -> None:
         assert self._learner is not None
@@ -85,4 +91,4 @@ class LearnRun:
             self.results.append(outcome)
 
 
-__all__ = ["LearnRun"]
+__all__ = ["Executors", "LearnRun"]

@@ -20,8 +20,10 @@ from pipecompile.ir.training import StageCost
 from pipecompile.ir.tree import flatten, unflatten
 from pipecompile.learn_run import LearnRun
 from pipecompile.model_weights import ModelWeights
-from pipecompile.runtime.inline_learn import InlineLearner, LearnOptions
+from pipecompile.runtime.inline_learn import InlineLearner
+from pipecompile.runtime.learn import LearnOptions
 from pipecompile.runtime.learn_host import Learner
+from pipecompile.runtime.process_learn import ProcessLearner
 from pipecompile.training import ExecutorName
 
 
@@ -57,6 +59,7 @@ class LearningPipeline(nn.Module):
         self._costs = costs
         self._weights = ModelWeights(learn.package.state, learn.owned, tensors, model)
         self._learner: Learner | None = None
+        self._stale = False
         self._run: LearnRun | None = None
         self._samples = 0
         self._closed = ""
@@ -112,7 +115,7 @@ class LearningPipeline(nn.Module):
             self._check()
             if self._run is not None:
                 raise InputError("a stream is under way: one learn() at a time")
-            run = self._run = LearnRun(iter(samples), self._prepare, self._samples)
+            run = self._run = LearnRun(iter(samples), self._prepare, self, self._samples)
         return self._results(run)
 
     def _results(self, run: LearnRun) -> Generator[Learned]:
@@ -148,7 +151,7 @@ class LearningPipeline(nn.Module):
         loss = None if outcome.status == PREDICTED else outcome.loss
         return Learned(seq, output, loss, outcome.versions, outcome.times, outcome.status == SKIPPED)
 
-    def _prepare(self, item: Any, sample: int) -> tuple[Learner, list[Any], list[Any] | None]:
+    def _prepare(self, item: Any, sample: int) -> tuple[list[Any], list[Any] | None]:
         """See :data:`pipecompile.learn_run.Prepare`."""
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise InputError(f"sample {sample} is no pair (input, target); the target may be None")
@@ -158,22 +161,15 @@ class LearningPipeline(nn.Module):
             flat = None if target is None else self._target(target)
         except InputError as error:
             raise InputError(f"sample {sample}: {error}") from error
-        return self._ready(), [leaf.detach() for leaf in leaves], flat
+        return [leaf.detach() for leaf in leaves], flat
 
     def _target(self, target: Any) -> list[Any]:
         leaves, tree = flatten(target)
         spec = self._learn.target
         if spec is None:
             # The first target there is says what all are like; nothing has been learned until now.
-            if self._run is not None and self._run.begun:
-                raise InputError(
-                    "it has a target, and the stream began with samples without one: say what targets are like "
-                    "with example_targets= when compiling"
-                )
             self._learn = self._retarget(target)
-            if self._learner is not None:
-                self._learner.close()
-                self._learner = None
+            self._stale = self._learner is not None
             return leaves
         if tree != spec.tree:
             raise InputError(f"its target has another structure than that of the first: {type(target).__name__}")
@@ -245,10 +241,23 @@ class LearningPipeline(nn.Module):
         if self._learner is not None:
             self._learner.close()
 
-    def _ready(self) -> Learner:
+    @property
+    def stale(self) -> bool:
+        """See :class:`pipecompile.learn_run.Executors`."""
+        return self._stale
+
+    def ready(self) -> Learner:
+        """See :class:`pipecompile.learn_run.Executors`."""
         self._check()
+        if self._stale and self._learner is not None:
+            self._learner.close()
+            self._learner, self._stale = None, False
         if self._learner is None:
-            self._learner = InlineLearner(self._learn, self._weights.current(), self._options)
+            tensors = self._weights.current()
+            if self._executor == "inline":
+                self._learner = InlineLearner(self._learn, tensors, self._options)
+            else:
+                self._learner = ProcessLearner(self._learn, tensors, self._options, **self._watching)
             self._weights.remember()
         elif self._weights.moved():
             raise InputError(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,36 +16,12 @@ from pipecompile.runtime.channels.link import ports_of
 from pipecompile.runtime.channels.local import LocalEdge
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender, SampleFailed
 from pipecompile.runtime.executor import bounds
-from pipecompile.runtime.learn import Judge, LearnLink, OnNonfinite
+from pipecompile.runtime.learn import Judge, LearnLink, LearnOptions, device_updates
 from pipecompile.runtime.learn_host import LearnHost
 from pipecompile.runtime.module import execute
 from pipecompile.runtime.numerics import stage_mode
 from pipecompile.runtime.step import step_error
-from pipecompile.runtime.update import DeviceUpdates, LocalBoard, OptimizerFactory
-
-
-@dataclass(frozen=True)
-class LearnOptions:
-    """What the devices need besides the package. ``scale_lr`` divides learning rates by 1 + delay."""
-
-    loss_fn: Callable[[Any, Any], Any]
-    optimizer: OptimizerFactory
-    seed: int = 0
-    on_nonfinite: OnNonfinite = "stop"
-    scale_lr: bool = False
-
-
-def device_updates(
-    learn: LearnPackage, module: DeviceModule, tensors: Mapping[str, torch.Tensor], options: LearnOptions
-) -> DeviceUpdates:
-    """The optimizers of a device."""
-    owned = {stage: learn.owned[stage] for stage in module.stages if stage in learn.owned}
-    updates = DeviceUpdates(module.device, owned, tensors, options.optimizer, LocalBoard([]))
-    if options.scale_lr:
-        for stage, optimizer in updates.optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] / (1 + learn.rule.delay(stage, learn.stages))
-    return updates
+from pipecompile.runtime.update import DeviceUpdates
 
 
 class InlineLearner:
@@ -70,13 +45,13 @@ class InlineLearner:
                 local[info.edge.name].receiver(i) if info.receives else local[info.edge.name].sender(i)
                 for i, info in enumerate(ports_of(package.program.edges, module.stages))
             ]
-            updates = device_updates(learn, module, weights, options)
+            updates = device_updates(learn.rule, learn.stages, module, learn.owned, weights, options)
             link = LearnLink(
                 learn.rule, learn.stages, weights, ports, updates, options.seed, self.snapshots.append, mutated
             )
             if learn.stages - 1 in module.stages:
                 target = None if learn.target is None else learn.target.tree
-                link.judge = Judge(options.loss_fn, package.out_tree, target, options.on_nonfinite)
+                link.judge = Judge(options, package.out_tree, target)
             self._devices.append(_Device(module, link, updates))
 
     def begin(self, first: int) -> None:
@@ -207,4 +182,4 @@ class _Device:
         return f"device {self.module.device} {waits}"
 
 
-__all__ = ["InlineLearner", "LearnOptions", "device_updates"]
+__all__ = ["InlineLearner"]

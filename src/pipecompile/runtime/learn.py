@@ -4,20 +4,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from pipecompile.ir.learning import LEARNED, PREDICTED, SKIPPED, Rule
+from pipecompile.ir.package import DeviceModule
 from pipecompile.ir.tree import Tree, unflatten
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender
 from pipecompile.runtime.criterion import Criterion
 from pipecompile.runtime.step import mask_seed
-from pipecompile.runtime.update import DeviceUpdates
+from pipecompile.runtime.update import DeviceUpdates, LocalBoard, OptimizerFactory
 from pipecompile.runtime.versions import StageWeights
 
 #: What a loss that is not finite does: no update from its sample, or an error.
 OnNonfinite = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class LearnOptions:
+    """What the devices need besides the package. ``scale_lr`` divides learning rates by 1 + delay."""
+
+    loss_fn: Callable[[Any, Any], Any]
+    optimizer: OptimizerFactory
+    seed: int = 0
+    on_nonfinite: OnNonfinite = "stop"
+    scale_lr: bool = False
+
+
+def device_updates(
+    rule: Rule,
+    stages: int,
+    module: DeviceModule,
+    owned: Mapping[int, tuple[str, ...]],
+    tensors: Mapping[str, torch.Tensor],
+    options: LearnOptions,
+) -> DeviceUpdates:
+    """The optimizers of a device."""
+    mine = {stage: owned[stage] for stage in module.stages if stage in owned}
+    updates = DeviceUpdates(module.device, mine, tensors, options.optimizer, LocalBoard([]))
+    if options.scale_lr:
+        for stage, optimizer in updates.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] / (1 + rule.delay(stage, stages))
+    return updates
 
 
 class LearnLink:
@@ -98,10 +129,9 @@ class LearnLink:
 class Judge:
     """The loss of each sample, in the last stage, and whether to learn from it."""
 
-    def __init__(
-        self, loss_fn: Callable[[Any, Any], Any], out_tree: Tree, target: Tree | None, on_nonfinite: OnNonfinite
-    ) -> None:
-        self._criterion, self._target, self._on_nonfinite = Criterion(loss_fn, out_tree), target, on_nonfinite
+    def __init__(self, options: LearnOptions, out_tree: Tree, target: Tree | None) -> None:
+        self._criterion, self._target = Criterion(options.loss_fn, out_tree), target
+        self._on_nonfinite = options.on_nonfinite
         self._criterion.weights = (1.0,)
 
     def loss_of(self, sample: int, target: Sequence[Any] | None) -> Callable[..., torch.Tensor | None]:
@@ -131,4 +161,4 @@ class Judge:
         return status == LEARNED, torch.tensor([status, value], dtype=torch.float64)
 
 
-__all__ = ["Judge", "LearnLink", "OnNonfinite"]
+__all__ = ["Judge", "LearnLink", "LearnOptions", "OnNonfinite", "device_updates"]

@@ -35,9 +35,7 @@ def main() -> NoReturn:
     from pipecompile.runtime import pickled
 
     try:
-        from pipecompile.runtime.step_device import StepDevice
-
-        device = StepDevice(pickled.receive(commands), commands)
+        device = pickled.receive(commands).device(commands)
     except EOFError:
         os._exit(0)
     except BaseException as error:
