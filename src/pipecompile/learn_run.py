@@ -27,9 +27,12 @@ class Executors(Protocol):
 
 
 class LearnRun:
-    """Feeds a learner from a source. Each :meth:`turn` hands over a sample, or waits where there is no room."""
+    """Feeds a learner from a source. Each :meth:`turn` hands over a sample, or waits where there is no room.
 
-    def __init__(self, source: Iterator[Any], prepare: Prepare, executors: Executors, first: int) -> None:
+    ``first`` is the number of the first sample; ``group`` samples make one update.
+    """
+
+    def __init__(self, source: Iterator[Any], prepare: Prepare, executors: Executors, first: int, group: int) -> None:
         self._source, self._prepare, self._executors = source, prepare, executors
         self._learner: Learner | None = None
         self._waiting: tuple[list[Any], list[Any] | None] | None = None
@@ -37,7 +40,9 @@ class LearnRun:
         self.error: BaseException | None = None
         self.submitted = self.delivered = first
         self.results: deque[Outcome] = deque()
-        self.mark = False
+        self._start, self._group = first, group
+        self._marks: set[int] = set()
+        self._parts: dict[int, list[dict[str, Any]]] = {}
 
     def turn(self) -> bool:
         """Do one thing; False when the stream is through and all its updates are made."""
@@ -48,14 +53,30 @@ class LearnRun:
         if self._learner is None or self._executors.stale:
             if not self._drain():
                 self._learner, self._ended = self._executors.ready(), False
-                self._learner.begin(self.submitted)
-        elif self._learner.submit(*self._waiting, self.mark):
-            self._waiting, self.mark = None, False
+                self._start = self.submitted
+                self._learner.begin(self._start)
+        elif self._learner.submit(*self._waiting, self.submitted in self._marks):
+            self._marks.discard(self.submitted)
+            self._waiting = None
             self.submitted += 1
             self._take()
         else:
             self._wait(room=True)
         return True
+
+    def mark(self) -> int:
+        """Ask for a snapshot after the next update whose last sample is yet to be handed over; its number."""
+        wanted = self.submitted + self._group - 1 - (self.submitted - self._start) % self._group
+        self._marks.add(wanted)
+        return wanted
+
+    def parts(self, sample: int, stages: int) -> list[dict[str, Any]] | None:
+        """What all stages have to say of the snapshot after a sample, once they have."""
+        if self._learner is not None:
+            found, self._learner.snapshots[:] = list(self._learner.snapshots), []
+            for part in found:
+                self._parts.setdefault(part["sample"], []).append(part)
+        return self._parts.pop(sample) if len(self._parts.get(sample, ())) == stages else None
 
     def stop(self) -> None:
         """Take nothing more from the source; what is inside is still computed."""

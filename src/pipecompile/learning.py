@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 from pipecompile.arguments import Arguments
-from pipecompile.errors import InputError, PipelineClosed
+from pipecompile.errors import InputError, PipelineClosed, PipelineError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.learning import PREDICTED, SKIPPED, Learned, LearnPackage, Outcome, Rule
 from pipecompile.ir.plan import Plan
@@ -60,6 +62,7 @@ class LearningPipeline(nn.Module):
         self._weights = ModelWeights(learn.package.state, learn.owned, tensors, model)
         self._learner: Learner | None = None
         self._stale = False
+        self._carried: tuple[dict[str, Any], dict[str, Any], int | None] = {}, {}, None
         self._run: LearnRun | None = None
         self._samples = 0
         self._closed = ""
@@ -115,7 +118,7 @@ class LearningPipeline(nn.Module):
             self._check()
             if self._run is not None:
                 raise InputError("a stream is under way: one learn() at a time")
-            run = self._run = LearnRun(iter(samples), self._prepare, self, self._samples)
+            run = self._run = LearnRun(iter(samples), self._prepare, self, self._samples, self.rule.accumulate)
         return self._results(run)
 
     def _results(self, run: LearnRun) -> Generator[Learned]:
@@ -131,10 +134,17 @@ class LearningPipeline(nn.Module):
                 raise run.error
         finally:
             with self._lock:
-                run.stop()
-                while not self._closed and self._turn(run):
-                    run.results.clear()
-                self._samples = run.submitted
+                self._finish(run)
+
+    def _finish(self, run: LearnRun) -> None:
+        """Let what is in flight come out, and drop it."""
+        run.stop()
+        try:
+            while not self._closed and self._turn(run):
+                run.results.clear()
+        finally:
+            self._samples = run.submitted
+            if self._run is run:
                 self._run = None
 
     def _turn(self, run: LearnRun) -> bool:
@@ -181,9 +191,92 @@ class LearningPipeline(nn.Module):
                 )
         return [leaf.detach() for leaf in leaves]
 
-    def close(self) -> None:
-        """End. What is in flight is given up. Closing twice is fine; parameters and buffers stay usable."""
+    def snapshot(self) -> dict[str, Any]:
+        """Weights, buffers and optimizer after one update, the same in every stage; also while learning.
+
+        While a stream is under way it is taken as the next sample passes (with accumulation, the last
+        sample of the next update): more samples may be read from the source meanwhile, and learning
+        goes on. Any thread may call it.
+
+        Returns:
+            ``model``: a copy of the model's ``state_dict``, buffers as after the forward of that
+            sample; ``optimizer``: state of one plain torch optimizer over ``model.parameters()``;
+            ``samples`` and ``updates``: how many lie before it. ``torch.save`` takes it.
+
+        Raises:
+            StepError, WorkerDied, WorkerHung, PipelineError: if the pipeline is lost meanwhile.
+        """
         with self._lock:
+            self._check()
+            run = self._run
+            if run is not None:
+                wanted = run.mark()
+                while (parts := run.parts(wanted, self._learn.stages)) is None and self._turn(run):
+                    pass
+                if parts is not None:
+                    return self._assembled(parts, wanted + 1)
+            states = [] if self._learner is None else self._learner.states()
+            return self._assembled(states, self.samples)
+
+    def load_snapshot(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on where :meth:`snapshot` was taken, in this pipeline or in one cut otherwise.
+
+        The stream must be given from sample ``snapshot["samples"]`` on. The first forwards then read the
+        newest weights, as at the beginning of any stream.
+
+        Raises:
+            InputError: if a stream is under way, or it is a snapshot of another model.
+        """
+        with self._lock:
+            self._check()
+            if self._run is not None:
+                raise InputError("a stream is under way: load a snapshot before or after it")
+            self._model.load_state_dict(snapshot["model"])
+            state, settings = self._weights.unpacked(snapshot["optimizer"])
+            self._carried = state, settings, int(snapshot["updates"])
+            if self._learner is not None:
+                self._learner.load(*self._carried)
+            self._samples = int(snapshot["samples"])
+
+    def set_optimizer(self, **settings: Any) -> None:
+        """Change settings of the optimizers from the next stream on: ``pipe.set_optimizer(lr=0.01)``.
+
+        Raises:
+            InputError: if a stream is under way.
+        """
+        with self._lock:
+            self._check()
+            if self._run is not None:
+                raise InputError("a stream is under way: change settings before or after it")
+            state, known, version = self._carried
+            self._carried = state, {**known, **settings}, version
+            if self._learner is not None:
+                self._learner.load({}, settings, None)
+
+    def _assembled(self, parts: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
+        """A snapshot from what the stages say."""
+        versions = {part["version"] for part in parts if "version" in part and part.get("groups")}
+        if len(versions) > 1:
+            raise PipelineError(f"the parts of a snapshot are of different versions: {sorted(versions)}")
+        tensors = {name: value for part in parts for name, value in part.get("tensors", {}).items()}
+        state = {name: value for part in parts for name, value in part.get("state", {}).items()}
+        groups = {name: value for part in parts for name, value in part.get("groups", {}).items()}
+        return {
+            "model": self._weights.state_dict(tensors),
+            "optimizer": self._weights.packed(copy.deepcopy(state), groups),
+            "samples": samples,
+            "updates": max(versions, default=0),
+        }
+
+    def close(self) -> None:
+        """End. What is in flight is computed and updates made, its results dropped. Closing twice is fine.
+
+        Parameters and buffers stay usable.
+        """
+        with self._lock:
+            if self._run is not None and not self._closed:
+                with contextlib.suppress(PipelineError):
+                    self._finish(self._run)
             if self._learner is not None:
                 self._learner.close()
             self._closed = self._closed or "it was closed"
@@ -209,7 +302,9 @@ class LearningPipeline(nn.Module):
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The model's ``state_dict``."""
+        """The model's ``state_dict``; while a stream is under way that of a :meth:`snapshot`, without arguments."""
+        if self._run is not None and not args and not kwargs:
+            return self.snapshot()["model"]
         return self._model.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -250,7 +345,7 @@ class LearningPipeline(nn.Module):
         """See :class:`pipecompile.learn_run.Executors`."""
         self._check()
         if self._stale and self._learner is not None:
-            self._learner.close()
+            self._learner.close()  # it has seen no target yet: there is nothing to carry over but what was loaded
             self._learner, self._stale = None, False
         if self._learner is None:
             tensors = self._weights.current()
@@ -259,6 +354,8 @@ class LearningPipeline(nn.Module):
             else:
                 self._learner = ProcessLearner(self._learn, tensors, self._options, **self._watching)
             self._weights.remember()
+            if self._carried != ({}, {}, None):
+                self._learner.load(*self._carried)
         elif self._weights.moved():
             raise InputError(
                 "the model's parameters were replaced (assign=True, .double(), .to()): compile again, or load values "

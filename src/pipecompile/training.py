@@ -141,13 +141,7 @@ class TrainingPipeline(nn.Module):
 
     def optimizer_state_dict(self) -> dict[str, Any]:
         """A copy of the optimizers' state as that of one plain torch optimizer over ``model.parameters()``."""
-        state, groups = copy.deepcopy(self._ready().optimizer_state())
-        names = self._weights.positions()
-        settings = next(iter(groups.values()), {})
-        return {
-            "state": {names[name]: value for name, value in sorted(state.items(), key=lambda kv: names[kv[0]])},
-            "param_groups": [{**settings, "params": list(range(len(list(self._model.parameters()))))}],
-        }
+        return self._weights.packed(*copy.deepcopy(self._ready().optimizer_state()))
 
     def load_optimizer_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over the state of a plain torch optimizer over ``model.parameters()`` with one group.
@@ -155,17 +149,7 @@ class TrainingPipeline(nn.Module):
         Raises:
             InputError: if it has several parameter groups, or another number of parameters.
         """
-        groups = state_dict["param_groups"]
-        count = len(list(self._model.parameters()))
-        if len(groups) != 1 or len(groups[0]["params"]) != count:
-            raise InputError(
-                f"the optimizer state has {len(groups)} groups with {[len(g['params']) for g in groups]} parameters; "
-                f"expected one group over all {count} of model.parameters()"
-            )
-        settings = {key: value for key, value in groups[0].items() if key != "params"}
-        names = {position: name for name, position in self._weights.positions().items()}
-        state = {names[i]: value for i, value in state_dict["state"].items() if i in names}
-        self._ready().load_optimizer_state(state, settings)
+        self._ready().load_optimizer_state(*self._weights.unpacked(state_dict))
 
     def training_state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides ``state_dict()``: the optimizers' state and the number of steps done."""

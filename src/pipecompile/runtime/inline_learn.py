@@ -16,7 +16,7 @@ from pipecompile.runtime.channels.link import ports_of
 from pipecompile.runtime.channels.local import LocalEdge
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender, SampleFailed
 from pipecompile.runtime.executor import bounds
-from pipecompile.runtime.learn import Judge, LearnLink, LearnOptions, device_updates
+from pipecompile.runtime.learn import Judge, LearnLink, LearnOptions, LearnUpdates
 from pipecompile.runtime.learn_host import LearnHost
 from pipecompile.runtime.module import execute
 from pipecompile.runtime.numerics import stage_mode
@@ -45,7 +45,7 @@ class InlineLearner:
                 local[info.edge.name].receiver(i) if info.receives else local[info.edge.name].sender(i)
                 for i, info in enumerate(ports_of(package.program.edges, module.stages))
             ]
-            updates = device_updates(learn.rule, learn.stages, module, learn.owned, weights, options)
+            updates = LearnUpdates(learn.rule, learn.stages, module, learn.owned, weights, options)
             link = LearnLink(
                 learn.rule, learn.stages, weights, ports, updates, options.seed, self.snapshots.append, mutated
             )

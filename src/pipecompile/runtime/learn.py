@@ -33,22 +33,40 @@ class LearnOptions:
     scale_lr: bool = False
 
 
-def device_updates(
-    rule: Rule,
-    stages: int,
-    module: DeviceModule,
-    owned: Mapping[int, tuple[str, ...]],
-    tensors: Mapping[str, torch.Tensor],
-    options: LearnOptions,
-) -> DeviceUpdates:
-    """The optimizers of a device."""
-    mine = {stage: owned[stage] for stage in module.stages if stage in owned}
-    updates = DeviceUpdates(module.device, mine, tensors, options.optimizer, LocalBoard([]))
-    if options.scale_lr:
-        for stage, optimizer in updates.optimizers.items():
+class LearnUpdates(DeviceUpdates):
+    """The optimizers of a device that learns. Learning rates go in and out as given; ``shares`` scale them by stage."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        stages: int,
+        module: DeviceModule,
+        owned: Mapping[int, tuple[str, ...]],
+        tensors: Mapping[str, torch.Tensor],
+        options: LearnOptions,
+    ) -> None:
+        mine = {stage: owned[stage] for stage in module.stages if stage in owned}
+        super().__init__(module.device, mine, tensors, options.optimizer, LocalBoard([]))
+        self._late = {stage: 1 + rule.delay(stage, stages) if options.scale_lr else 1 for stage in mine}
+        for stage, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = group["lr"] / (1 + rule.delay(stage, stages))
-    return updates
+                group["lr"] = group["lr"] / self._late[stage]
+
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """As of a plain optimizer: with the learning rate that was given."""
+        found = super().groups()
+        for stage, names in self.owned.items():
+            for name in names:
+                found[name] = {**found[name], "lr": found[name]["lr"] * self._late[stage]}
+        return found
+
+    def set(self, settings: Mapping[str, Any]) -> None:
+        """Change settings of all groups, the learning rate by stage."""
+        super().set(settings)
+        if "lr" in settings:
+            for stage, optimizer in self.optimizers.items():
+                for group in optimizer.param_groups:
+                    group["lr"] = settings["lr"] / self._late[stage]
 
 
 class LearnLink:
@@ -66,7 +84,13 @@ class LearnLink:
         mutated: Collection[str],
     ) -> None:
         self._rule, self._stages, self._tensors, self._updates, self._seed = rule, stages, tensors, updates, seed
-        self._snapshot, self._mutated = snapshot, mutated
+        self._mutated = mutated
+
+        def numbered(part: dict[str, Any]) -> None:
+            # Stages count messages, the caller counts samples.
+            snapshot({**part, "sample": part["sample"] + self.offset})
+
+        self._snapshot = numbered
         self._receivers = {port.edge: port for port in ports if isinstance(port, RingReceiver)}
         self._senders = {port.edge: port for port in ports if isinstance(port, RingSender)}
         self._weights: StageWeights | None = None
@@ -161,4 +185,4 @@ class Judge:
         return status == LEARNED, torch.tensor([status, value], dtype=torch.float64)
 
 
-__all__ = ["Judge", "LearnLink", "LearnOptions", "OnNonfinite", "device_updates"]
+__all__ = ["Judge", "LearnLink", "LearnOptions", "LearnUpdates", "OnNonfinite"]

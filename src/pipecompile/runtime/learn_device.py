@@ -20,7 +20,7 @@ from pipecompile.runtime.arena import open_state
 from pipecompile.runtime.channels.link import ports_of
 from pipecompile.runtime.channels.ring import RingLayout, RingReceiver, RingSender, SampleFailed, clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge, attach
-from pipecompile.runtime.learn import Judge, LearnLink, LearnOptions, device_updates
+from pipecompile.runtime.learn import Judge, LearnLink, LearnOptions, LearnUpdates
 from pipecompile.runtime.module import execute
 from pipecompile.runtime.records import Records
 from pipecompile.runtime.step import step_error
@@ -73,10 +73,10 @@ class LearnDevice:
             throttle = boot.throttle.get(port.edge.name)
             ports.append(shared.receiver(index, throttle) if port.receives else shared.sender(index))
         self._records = Records(attach(boot.records), len(ports))
-        self._updates = device_updates(boot.rule, boot.stages, boot.module, boot.owned, tensors, boot.options)
+        self._updates = LearnUpdates(boot.rule, boot.stages, boot.module, boot.owned, tensors, boot.options)
 
         def snapshot(part: dict[str, Any]) -> None:
-            pickled.send(commands, ("snapshot", {**part, "tensors": pickled.packed(part["tensors"])}))
+            pickled.send(commands, ("snapshot", packed_parts(part)))
 
         self._link = LearnLink(
             boot.rule, boot.stages, tensors, ports, self._updates, boot.options.seed, snapshot, boot.mutated
@@ -125,7 +125,7 @@ class LearnDevice:
 
     def _do_state(self) -> dict[str, Any]:
         updates = self._updates
-        return {"state": pickled.packed(updates.state()), "groups": updates.groups(), "version": self._link.version}
+        return packed_parts({"state": updates.state(), "groups": updates.groups(), "version": self._link.version})
 
     def _do_load(self, state: Any, settings: dict[str, Any], version: int | None) -> None:
         loaded = pickled.unpacked(state)
@@ -136,4 +136,14 @@ class LearnDevice:
             self._link.version = version
 
 
-__all__ = ["LearnBoot", "LearnDevice"]
+def packed_parts(part: dict[str, Any]) -> dict[str, Any]:
+    """What a device says of its state, with the tensors in it packed."""
+    return {key: pickled.packed(value) if key in ("tensors", "state") else value for key, value in part.items()}
+
+
+def unpacked_parts(part: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`packed_parts`."""
+    return {key: pickled.unpacked(value) if key in ("tensors", "state") else value for key, value in part.items()}
+
+
+__all__ = ["LearnBoot", "LearnDevice", "packed_parts", "unpacked_parts"]

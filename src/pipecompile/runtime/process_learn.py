@@ -21,7 +21,7 @@ from pipecompile.runtime.channels.ring import RingReceiver, RingSender, clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge
 from pipecompile.runtime.executor import bounds
 from pipecompile.runtime.learn import LearnOptions
-from pipecompile.runtime.learn_device import LearnBoot
+from pipecompile.runtime.learn_device import LearnBoot, unpacked_parts
 from pipecompile.runtime.learn_host import LearnHost
 from pipecompile.runtime.process_step import Worker
 
@@ -158,7 +158,7 @@ class ProcessLearner:
     def _hear(self, fd: int) -> None:
         kind, value = self._answer(self._channels[fd])
         if kind == "snapshot":
-            self.snapshots.append({**value, "tensors": pickled.unpacked(value["tensors"])})
+            self.snapshots.append(unpacked_parts(value))
         else:
             self._busy.discard(fd)
 
@@ -198,7 +198,7 @@ class ProcessLearner:
 
     def states(self) -> list[dict[str, Any]]:
         """See ``Learner``."""
-        return [{**part, "state": pickled.unpacked(part["state"])} for part in self._ask("state")]
+        return [unpacked_parts(part) for part in self._ask("state")]
 
     def load(self, state: Mapping[str, dict[str, Any]], settings: Mapping[str, Any], version: int | None) -> None:
         """See ``Learner``."""

@@ -8,6 +8,7 @@ backward, a copy, or an alias whose changes autograd does not count.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -257,17 +258,20 @@ class StageWeights:
             self.version, self._samples = self.version + 1, 0
         if self._marked is not None and self._marked.passed:
             self._marked.take(self._tensors, self._mutated)
-            self._snapshot(self.snapshot(self._marked.buffers))
+            self._snapshot(self._state(self._marked))
             self._marked = None
 
-    def snapshot(self, buffers: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
-        """Weights, buffers and optimizer of the stage as they are now (or with these buffers)."""
-        names = [*self._owned, *(self._mutated if buffers is None else ())]
-        return {
-            "stage": self._stage,
-            "version": self.version,
-            "tensors": {**{name: self._tensors[name].detach().clone() for name in names}, **(buffers or {})},
-        }
+    def _state(self, mark: _Mark) -> dict[str, Any]:
+        """A copy of what this stage has learned, with the buffers of the same sample."""
+        tensors = {name: self._tensors[name].detach().clone() for name in self._owned}
+        learned: dict[str, Any] = {}
+        if self._learns:
+            learned = {
+                "version": self.version,
+                "state": deepcopy(self._updates.state()),
+                "groups": self._updates.groups(),
+            }
+        return {"sample": mark.sample, "tensors": {**tensors, **(mark.buffers or {})}, **learned}
 
 
 @dataclass
