@@ -17,7 +17,7 @@ from torch import fx
 
 from pipecompile.ir.graph import Layer, ModelGraph
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import DeviceProgram, Op, Program
+from pipecompile.ir.program import DeviceProgram, Edge, Op, Program
 from pipecompile.ir.training import Gradients
 from pipecompile.passes.codegen import define, indent, stage_state, title, tuple_of
 from pipecompile.passes.emit import HEADER, Emitter, local
@@ -69,6 +69,11 @@ class StepEmitter(Emitter):
         return lines
 
 
+def model_values(edge: Edge) -> list[str]:
+    """What of the model an edge carries, beside what is about its samples."""
+    return [value for value in edge.values if not value.startswith(":")]
+
+
 def edge_name(node: fx.Node) -> str:
     """The variable that holds the gradient edge of a node."""
     return f"at_{node.name}"
@@ -93,14 +98,16 @@ class StageWriter:
     trained: list[str] = field(init=False)
     late: dict[fx.Node, list[str]] = field(init=False)
     last: bool = field(init=False)
+    more: str = field(init=False, default="")
+    """Further arguments of a whole backward's call of autograd."""
 
     def __post_init__(self) -> None:
         graph, edges = self.emit.model, self.program.edges
         forward = [e for e in edges if not e.kind and not e.backward]
         own = {v for i in self.plan.stages[self.stage].layers for v in graph.layers[i].makes}
         self.last = self.stage == len(self.plan.stages) - 1
-        self.reads = list(dict.fromkeys(v for e in forward if e.target == self.stage for v in e.values))
-        makes = [v for e in forward if e.source == self.stage for v in e.values]
+        self.reads = list(dict.fromkeys(v for e in forward if e.target == self.stage for v in model_values(e)))
+        makes = [v for e in forward if e.source == self.stage for v in model_values(e)]
         if self.last:
             outputs = [ref.name for ref in graph.outputs if ref.kind == "value"]
             makes += [v for v in outputs if v in own or v in graph.free]
@@ -112,7 +119,7 @@ class StageWriter:
         self.leaves = [v for v in self.reads if v in self.gradients.values]
         self.results = [v for v in self.makes if v in self.gradients.values and not self.last]
         self.trained = [name for name in self.state if name in self.gradients.weights]
-        ops = {step.op for step in self.device.warm_up if step.stage == self.stage}
+        ops = {s.op for s in (*self.device.warm_up, *self.device.body) if s.stage == self.stage}
         self.late = self._late_weights() if Op.BACKWARD_WEIGHT in ops else {}
         self._ops = ops
 
@@ -184,7 +191,7 @@ class StageWriter:
     def _backward(self) -> str:
         lines = ['"""Gradients of what the stage received; those of its weights are added to `sums`."""']
         lines += self._unpack(edges=False)
-        lines += self._grad([], self.trained, "")
+        lines += self._grad([], self.trained, self.more)
         lines += [f'sums.add("{w}", d_{self.name(w)})' for w in self.trained]
         return self._define_backward("backward", [*lines, self._return()])
 
@@ -256,4 +263,4 @@ def _wrapped(names: Sequence[str], value: str, width: int) -> str:
     return "(\n" + textwrap.indent(body, "    ") + f",\n) = {value}"
 
 
-__all__ = ["IMPORTS", "StageWriter", "StepEmitter"]
+__all__ = ["IMPORTS", "StageWriter", "StepEmitter", "model_values"]

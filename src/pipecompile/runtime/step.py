@@ -149,7 +149,8 @@ def step_error(error: BaseException, filename: str, device: int, stages: Sequenc
             stage = int(found[1]) if found else stage
             first = frame.f_code.co_firstlineno
             above = (linecache.getline(filename, i).strip() for i in range(number, first, -1))
-            layer = next((text.lstrip("# ") for text in above if text.startswith("#")), layer)
+            if found or frame.f_code.co_name == "step":
+                layer = next((text.lstrip("# ") for text in above if text.startswith("#")), layer)
             line = f"{filename}:{number}: {linecache.getline(filename, number).strip()}"
     where = f" in {layer}" if layer else ""
     trace = "".join(traceback.format_exception(error))

@@ -40,9 +40,7 @@ def main(arguments: Sequence[str] | None = None, owner: int | None = None) -> No
     from pipecompile.runtime import pickled
 
     try:
-        from pipecompile.runtime.step_device import StepDevice
-
-        device = StepDevice(pickled.receive(commands), commands)
+        device = pickled.receive(commands).device(commands)
     except EOFError:
         os._exit(0)
     except BaseException as error:
