@@ -239,11 +239,13 @@ SCRIPT = """
 import os, sys, threading
 sys.path.insert(0, {tests!r})
 from pipecompile.runtime import nursery
+
+print(nursery.prepare(), flush=True)
+assert "torch" not in sys.modules
 from pipecompile.runtime.session import Session
 from runtime_packages import expected, run_all, samples, two_stages, weights
 
 state, xs = weights(), samples(3)
-print(nursery.prepare(), flush=True)
 
 def works():
     with Session(two_stages(), state) as session:
