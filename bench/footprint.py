@@ -3,8 +3,9 @@
     python -m bench.footprint [--quick] [--parts latency ...]
 
 Latency is measured in turns with eager on one thread in the same process. Memory is PSS (a shared
-page counts once, however many map it) of the caller and its workers; what a model's weights add is
-the difference to a model with next to no weights, so that Python and torch cancel out.
+page counts once, however many map it) of the caller, its workers and the server they are forked
+from; what a model's weights add is the difference to a model with next to no weights, so that
+Python and torch cancel out.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import nn
 
 import pipecompile
 from bench.models import MODELS, build
+from pipecompile.runtime import nursery
 
 
 def main() -> None:
@@ -114,10 +116,10 @@ def memory() -> Table:
         weights = sum(p.nbytes for p in model.parameters())
         with pipecompile.compile(model, (torch.randn(1, width),), devices=2, use_cache=False) as pipe:
             list(pipe.stream(islice(repeat((torch.randn(1, width),)), 50)))
-            sizes.append((weights, sum(map(pss, [os.getpid(), *pipe._engine.session.pids]))))
+            sizes.append((weights, sum(map(pss, processes(pipe)))))
         del model, pipe
     (small, little), (large, much) = sizes
-    table = Table("weights MB", "PSS of all MB", "copies of the weights", title="memory, caller and two workers")
+    table = Table("weights MB", "PSS of all MB", "copies of the weights", title="memory, all processes")
     table.add_row(f"{small / 1e6:.1f}", f"{little / 1e6:.0f}", "")
     table.add_row(f"{large / 1e6:.1f}", f"{much / 1e6:.0f}", f"{(much - little) / (large - small):.3f}")
     return table
@@ -132,9 +134,15 @@ def endurance(samples: int) -> Table:
     with pipecompile.compile(model, (x,), devices=2) as pipe:
         for number, _ in enumerate(pipe.stream(items(x, samples)), 1):
             if number in at:
-                seen.append(sum(map(pss, [os.getpid(), *pipe._engine.session.pids])))
+                seen.append(sum(map(pss, processes(pipe))))
                 table.add_row(f"{number:,}", f"{seen[-1] / 1e6:.1f}", f"{seen[-1] / seen[0]:.4f}")
     return table
+
+
+def processes(pipe: Any) -> list[int]:
+    """The caller, the workers, and the server that holds torch for them."""
+    server = nursery.prepare()
+    return [os.getpid(), *pipe._engine.session.pids, *([] if server is None else [server])]
 
 
 def items(x: torch.Tensor, count: int) -> Iterator[torch.Tensor]:

@@ -24,10 +24,10 @@ def receive(channel: socket.socket) -> dict[str, Any] | None:
     return None if body is None else json.loads(body)
 
 
-def send_fds(channel: socket.socket, fds: Sequence[int]) -> None:
-    """Send copies of descriptors."""
+def send_fds(channel: socket.socket, fds: Sequence[int], word: bytes = b"d") -> None:
+    """Send copies of descriptors; on a socket that keeps messages apart, ``word`` may be of any length."""
     for at in range(0, len(fds), _FDS_AT_ONCE):
-        socket.send_fds(channel, [b"d"], fds[at : at + _FDS_AT_ONCE])
+        socket.send_fds(channel, [word], fds[at : at + _FDS_AT_ONCE])
 
 
 def receive_fds(channel: socket.socket, count: int) -> list[int]:

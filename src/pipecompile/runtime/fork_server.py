@@ -30,7 +30,8 @@ from typing import Any, NoReturn
 
 from pipecompile.runtime import control, lifeline
 
-_WORKERS = ("pipecompile.runtime.worker", "pipecompile.runtime.step_worker")
+_WITH_OPTIMIZER = "pipecompile.runtime.step_worker"
+_WORKERS = ("pipecompile.runtime.worker", _WITH_OPTIMIZER)
 _IMPORTED_LATE = ("pipecompile.runtime.device", "pipecompile.runtime.step_device", "pipecompile.runtime.pickled")
 
 
@@ -47,22 +48,20 @@ def main() -> NoReturn:
     for name in (*_WORKERS, *_IMPORTED_LATE):
         importlib.import_module(name)
     os.chdir("/")
-    # What lies here is never garbage: collections in the workers pass it over, and so leave it shared.
-    gc.collect()
-    gc.freeze()
+    _freeze()
     ForkServer(requests, owner).serve()
 
 
 class ForkServer:
     """Forks one worker a request.
 
-    A request is a message of one byte with one end of a socket pair. On it this process sends the
+    A request is the name of the worker's module and one end of a socket pair. On it this process sends the
     worker's pid and pidfd, or why there is none, and in the end the exit code as Popen counts them
     (negative for signals). The worker itself reads from it who it is to be.
     """
 
     def __init__(self, requests: socket.socket, owner: int) -> None:
-        self._requests, self._owner = requests, owner
+        self._requests, self._owner, self._optimizers = requests, owner, False
         self._workers: dict[int, tuple[int, socket.socket]] = {}
         stray = {int(fd) for fd in os.listdir("/proc/self/fd")} - {0, 1, 2, requests.fileno(), owner}
         # One of them is the listing's own; that is closed by now.
@@ -81,8 +80,9 @@ class ForkServer:
                 if fd == self._owner:
                     os._exit(0)
                 elif fd == self._requests.fileno():
-                    _, fds, _, _ = socket.recv_fds(self._requests, 1, 1, socket.MSG_CMSG_CLOEXEC)
+                    name, fds, _, _ = socket.recv_fds(self._requests, 1024, 1, socket.MSG_CMSG_CLOEXEC)
                     if fds:
+                        self._prepare(name.decode())
                         pidfd = self._fork(socket.socket(fileno=fds[0]))
                         if pidfd is not None:
                             poller.register(pidfd, select.POLLIN)
@@ -93,6 +93,15 @@ class ForkServer:
                     poller.unregister(fd)
                     self._reap(fd)
         os._exit(0)
+
+    def _prepare(self, name: str) -> None:
+        """Import what only some workers need, when the first of them is asked for."""
+        if name == _WITH_OPTIMIZER and not self._optimizers:
+            # The first optimizer of a process imports torch's compiler, in a second; so does this.
+            torch = sys.modules["torch"]
+            torch.compiler.disable(lambda: None)
+            self._optimizers = True
+            _freeze()
 
     def _fork(self, channel: socket.socket) -> int | None:
         """The pidfd of a new worker, or None."""
@@ -182,6 +191,12 @@ def _clear_of(fd: int, numbers: Set[int]) -> int:
     for taken in passed:
         os.close(taken)
     return fd
+
+
+def _freeze() -> None:
+    """What lies here is never garbage: collections in the workers pass it over, and so leave it shared."""
+    gc.collect()
+    gc.freeze()
 
 
 def _reseed() -> None:

@@ -119,7 +119,7 @@ class _Server:
         channel.settimeout(_START_SECONDS)
         try:
             with theirs:
-                control.send_fds(self.requests, [theirs.fileno()])
+                control.send_fds(self.requests, [theirs.fileno()], request["main"].encode())
             answer = control.receive(channel)
             if answer is None:
                 raise _CannotFork(f"the process to fork from ended, or said nothing for {_START_SECONDS:.0f} s")
