@@ -104,8 +104,8 @@ def compile(
             module paths to a device's name or several.
         colocate: (infer) patterns whose layers share a stage: ``["encoder.0.*", ["embed", "head"]]``.
         replicate: (infer) whether a stage may have copies on several devices, which take samples in turn (at
-            the cost of its weights in each one's caches). Both the best plan with copies and the best
-            without are measured, and the faster one by simulation is taken.
+            the cost of its weights in each one's caches). The best plan with copies and the best without
+            are measured and simulated; where they come close, both run in workers for a moment.
         objective: (infer) ``"throughput"`` (the busiest device's time per sample), ``"latency"`` (one
             sample's time through all stages), or ``("throughput", 0.02)``: the same, while the other
             stays at most so many seconds.
