@@ -69,11 +69,17 @@ def evenly(model: Steps, stages: int) -> list[list[str]]:
 
 
 def as_planned(model: Steps, plan: Any) -> list[list[str]]:
-    """The stages of a plan: a layer is called after the module that it is, with ``:operator`` behind it or not."""
+    """The stages of a plan: a layer is called after the module that it is, with ``:operator`` behind it or not.
+
+    A step that only changes the view of what it reads is no layer, and stays with the step that it reads.
+    """
     stages: list[list[str]] = []
     for stage in plan.stages:
         names = [plan.layer_names[i].partition(":")[0].partition(".")[0] for i in stage.layers]
         stages.append(list(dict.fromkeys(names)))
+    for name, reads in model.reads.items():
+        if not any(name in stage for stage in stages):
+            next(stage for stage in stages if reads[0] in stage).append(name)
     return stages
 
 
