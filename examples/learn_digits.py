@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ def main() -> int:
     parser.add_argument("--hold", type=int, default=1, help="for how many samples in a row each digit is shown")
     parser.add_argument("--executor", default="process", choices=["process", "inline"])
     options = parser.parse_args()
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
     torch.set_num_threads(1)
     ways = [(rule, stages, clock) for rule in options.rules for stages in options.stages for clock in options.clocks]
     groups = sorted({1, *(group_size(*way) for way in ways)})
@@ -151,10 +152,13 @@ def named(way: Way) -> str:
 
 
 def table(plain: dict[int, list[list[bool]]], right: dict[Way, list[list[bool]]]) -> Table:
-    made = Table(title="prequential accuracy in %, mean ± standard deviation over seeds", title_justify="left")
-    for heading in ("updates", "stages", "clock", "samples an update"):
+    made = Table(
+        title="prequential accuracy in %, mean ± standard deviation over seeds; m samples an update",
+        title_justify="left",
+    )
+    for heading in ("updates", "stages", "clock", "m"):
         made.add_column(heading)
-    for heading in ("all", "last 500", "against plain SGD", "against plain SGD, same samples an update"):
+    for heading in ("all", "last 500", "- SGD", "- SGD, same m"):
         made.add_column(heading, justify="right")
 
     def row(names: list[str], m: int, runs: list[list[bool]], *, peer: bool) -> None:

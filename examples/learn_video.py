@@ -1,7 +1,7 @@
 """Learn from a video while it plays: predict the features of the next frame, one stage and two.
 
 A photograph, panned and zoomed, is written to a video file and read back from it. From two frames a
-convolutional network predicts the histograms of oriented gradients of the third; every frame is
+convolutional network predicts the colours of the third in a grid of 12 x 12 cells; every frame is
 predicted first, then learned from. Its loss stands beside that of "nothing will move", the frames a
 second of two stages beside those of one; both are drawn over time.
 
@@ -30,8 +30,8 @@ from torch import Tensor, nn
 import pipecompile
 
 FOLDER = Path(__file__).resolve().parent.parent / "build" / "learn_video"
-SIZE, CELL, TURNS = 96, 16, 8  # pixels of a frame, of a cell of features, orientations in each
-LAP, WINDOW = 240, 30  # frames until the camera is back, frames that curves are averaged over
+SIZE, CELL = 96, 8  # pixels of a frame and of a cell
+LAP, WINDOW = 120, 30  # frames until the camera is back, frames that curves are averaged over
 RULES = ["sync", "weight_stashing", "2bw", "stale", "sideways"]
 
 
@@ -64,7 +64,7 @@ def main() -> int:
         complete = complete and len(found) == len(samples)
         losses[name], speeds[name] = found, rates(arrivals)
         console.print(
-            f"balance {balance:.2f}, {statistics.median(speeds[name]):.1f} frames/s, "
+            (f"balance {balance:.2f}, " if stages > 1 else "") + f"{statistics.median(speeds[name]):.1f} frames/s, "
             f"loss {statistics.fmean(found[:WINDOW]):.3f} at first, {statistics.fmean(found[-WINDOW:]):.3f} at last",
             highlight=False,
         )
@@ -83,20 +83,20 @@ def network() -> nn.Module:
         return [nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.GroupNorm(4, b), nn.ReLU()]
 
     torch.manual_seed(0)
-    widths = [(6, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 2), (64, 64, 2)]
-    return nn.Sequential(*(m for a, b, s in widths for m in block(a, b, s)), nn.Conv2d(64, TURNS, 1), nn.Flatten())
+    widths = [(6, 24, 1), (24, 24, 1), (24, 32, 2), (32, 48, 2), (48, 64, 2), (64, 64, 1), (64, 64, 1)]
+    return nn.Sequential(*(m for a, b, s in widths for m in block(a, b, s)), nn.Conv2d(64, 3, 1), nn.Flatten())
 
 
 def learn(
     console: Console, name: str, samples: list[tuple[Tensor, Tensor]], stages: int, updates: str
 ) -> tuple[list[float], list[float], float]:
     """Losses, moments at which results arrived, and the balance of the cut."""
-    (x, y), group = samples[0], stages if updates == "2bw" else 1
+    x, y = samples[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pipecompile.PipecompileWarning)
         pipe = pipecompile.compile(
             network(), (x,), mode="learn", loss_fn=nn.functional.mse_loss, optimizer=partial(torch.optim.Adam, lr=2e-3),
-            updates=updates, accumulate=group, devices=stages, example_targets=y, profile_seconds=1.0,
+            updates=updates, devices=stages, example_targets=y, profile_seconds=1.0,
         )  # fmt: skip
     losses, arrivals = list[float](), list[float]()
     with pipe, bar(console) as progress:
@@ -134,33 +134,35 @@ def write_video(path: Path, frames: int) -> str:
     return codec
 
 
-def read_video(path: Path) -> Iterator[np.ndarray]:
-    """Frames as SIZE x SIZE x 3 floats from 0 to 1."""
+def read_video(path: Path) -> Iterator[Tensor]:
+    """Frames as 1 x 3 x SIZE x SIZE floats from -0.5 to 0.5."""
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):
-            yield frame.to_ndarray(format="rgb24").astype(np.float32) / 255
+            pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).float() / 255 - 0.5
+            yield pixels.permute(2, 0, 1)[None].contiguous()
 
 
-def lessons(frames: Iterator[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Two frames, 1 x 6 x SIZE x SIZE, and the features of the next, 1 x (TURNS * cells)."""
+def lessons(frames: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two frames, 1 x 6 x SIZE x SIZE, and the features of the next, 1 x (3 * cells)."""
     before, now = next(frames), next(frames)
     for after in frames:
-        both = torch.from_numpy(np.concatenate([before, now], 2)).permute(2, 0, 1)[None].contiguous()
-        yield both - 0.5, features(after)
+        yield torch.cat([before, now], 1), features(after)
         before, now = now, after
 
 
-def features(frame: np.ndarray) -> Tensor:
-    """Histograms of oriented gradients, orientations first as the network's channels are."""
-    from skimage.feature import hog
-
-    found = hog(frame, TURNS, (CELL, CELL), (1, 1), channel_axis=-1, feature_vector=False)[:, :, 0, 0]
-    return torch.from_numpy(found).float().permute(2, 0, 1).reshape(1, -1) * 4
+def features(frame: Tensor) -> Tensor:
+    """The mean colours of cells."""
+    return nn.functional.avg_pool2d(frame, CELL).flatten(1)
 
 
 def rates(arrivals: list[float]) -> list[float]:
     """Frames a second over the last WINDOW frames, at each frame."""
     return [(i - j) / (arrivals[i] - arrivals[j]) for i in range(1, len(arrivals)) for j in [max(0, i - WINDOW)]]
+
+
+def running(values: list[float]) -> list[float]:
+    """The mean of the last WINDOW values, at each."""
+    return [statistics.fmean(values[max(0, i - WINDOW) : i]) for i in range(1, len(values) + 1)]
 
 
 def table(losses: dict[str, list[float]], speeds: dict[str, list[float]]) -> Table:
@@ -184,7 +186,7 @@ def draw(losses: dict[str, list[float]], speeds: dict[str, list[float]]) -> Path
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08, subplot_titles=titles)
     for row, curves in enumerate((losses, speeds), 1):
         for name, values in curves.items():
-            smooth = values if row == 2 else [statistics.fmean(values[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(values))]  # fmt: skip # noqa: E501
+            smooth = running(values) if row == 1 else values
             figure.add_scatter(y=smooth, name=f"{name}, {'loss' if row == 1 else 'frames/s'}", row=row, col=1)
     figure.update_xaxes(title_text="frame", row=2, col=1)
     figure.update_layout(template="plotly_white", height=720)
