@@ -141,7 +141,14 @@ def test_learning_with_an_update_every_four_samples(way: Way) -> None:
     check((lesson, rule, clock, min(stages, 3), name), 62, gaps=True, accumulate=4)
 
 
-@pytest.mark.parametrize("way", [QUICK[i] for i in (0, 4, 8, 13)], ids=lambda way: "-".join(map(str, way)))
+IN_WORKERS = [
+    (LESSONS["skip"], "weight_stashing", "1f1b", 3, "sgd"),
+    (LESSONS["norms"], "sideways", "lockstep", 2, "adam"),
+    (LESSONS["plain"], "2bw", "1f1b", 2, "sgd"),
+]
+
+
+@pytest.mark.parametrize("way", IN_WORKERS, ids=lambda way: "-".join(map(str, way)))
 def test_workers_learn_what_the_oracle_learns(way: Way) -> None:
     check(way, 60, gaps=True, executor="process")
 
