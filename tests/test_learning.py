@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
@@ -11,17 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from pipecompile.learning import LearningPipeline
 from torch import nn
 
 import pipecompile
-from models.learning import LESSONS, Lesson, as_planned
-from oracles.learning import Run, Sample, learn
+from models.learning import LESSONS, Lesson, Steps, as_planned, chain
+from oracles.learning import Run, Sample, delays, learn
 from pipecompile import train_driver
 from pipecompile.errors import InputError, PipecompileWarning, PipelineClosed, PlanError, StepError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.profile import Profile
+from pipecompile.learning import LearningPipeline
 from pipecompile.passes.profile import ProfileLayers
+from pipecompile.runtime.versions import StageWeights
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 ADAM = partial(torch.optim.Adam, lr=0.003)
@@ -204,6 +207,57 @@ def test_delays_are_those_documented() -> None:
         for result in pipe.learn(lesson.samples(20)):
             assert result.versions == (max(0, result.seq // 4 - 1),) * 4
         assert [pipe.rule.delay(stage, 4) for stage in range(4)] == [1] * 4
+
+
+class _Saved:
+    """What autograd keeps of a forward, for as long as it does."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+
+def most_saved(rule: str, clock: str, stages: int) -> int:
+    """The most tensors that autograd keeps at once in a steady stream."""
+    gc.collect()  # those of pipelines before
+    lesson, peak = Lesson("even", even, (1, 12)), 0
+    alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
+
+    def pack(value: torch.Tensor) -> _Saved:
+        nonlocal peak
+        saved = _Saved(value.detach())  # a result that is saved must not hold its own graph
+        alive.add(saved)
+        peak = max(peak, len(alive))
+        return saved
+
+    with compiled(lesson, rule, clock, stages, accumulate=least(rule, clock, stages)) as pipe:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.value):
+            assert len(list(pipe.learn(lesson.samples(30)))) == 30
+        held = [weights for weights in gc.get_objects() if type(weights) is StageWeights]
+        copies = {weights._stage: weights.copies for weights in held}
+    ahead = [0] * stages if rule == "sync" else delays(stages, clock)
+    most = {"weight_stashing": [w + 1 if w else 0 for w in ahead], "2bw": [2] * stages}.get(rule, [0] * stages)
+    assert all(copies[stage] <= most[stage] for stage in range(stages)), (rule, clock, copies)
+    return peak
+
+
+def even() -> Steps:
+    """Stages alike, whatever their number."""
+    modules: dict[str, nn.Module] = {}
+    for i in range(8):
+        modules |= {f"linear{i}": nn.Linear(12, 3 if i == 7 else 12), f"tanh{i}": nn.Tanh()}
+    return chain(modules)
+
+
+def test_memory_is_that_documented() -> None:
+    """Activations of one sample a stage for `sideways`, of w + 1 for `weight_stashing`; copies of weights likewise."""
+    one = most_saved("sync", "1f1b", 1)
+    assert one >= 16
+    for clock, stages in (("1f1b", 4), ("lockstep", 2), ("lockstep", 4)):
+        # while a stage computes the next sample, it may still have the one before
+        assert one <= most_saved("sideways", clock, stages) <= one * (1 + 1 / stages)
+    kept = one * sum(w + 1 for w in delays(4, "lockstep")) / 4
+    for rule in ("weight_stashing", "stale", "2bw"):
+        assert 0.7 * kept <= most_saved(rule, "lockstep", 4) <= kept  # not all stages peak at once
 
 
 @pytest.mark.parametrize("rule", RULES)
