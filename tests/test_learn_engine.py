@@ -1,4 +1,4 @@
-"""Learning in one process: plain online SGD where nothing is delayed, delays as documented, nothing lost."""
+"""Learning on a stream in one process: plain online SGD where nothing is late, delays as said, nothing lost."""
 
 from __future__ import annotations
 
