@@ -35,7 +35,7 @@ from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_step import VerifyStep
 from pipecompile.runtime.batches import Reduction, batched_inputs, split_inputs, split_targets
 from pipecompile.runtime.measure import CpuMeasure
-from pipecompile.runtime.update import OptimizerFactory
+from pipecompile.runtime.update import OptimizerFactory, copies_kept
 from pipecompile.schedules.training import STEP_SCHEDULES, ScheduleName
 from pipecompile.training import ExecutorName, TrainingPipeline
 
@@ -89,7 +89,7 @@ def compile_training(
     loss = ExampleLoss(loss_fn, traced.graph.out_tree, _part(example_targets, batch, micro_batches))
     planner = StepPlanner(
         traced, gradients, first, loss, measure, replace(cluster, link=measured.link), micro_batches,
-        1 if ahead is None else ahead, time_limit, profile_seconds,
+        1 if ahead is None else ahead, time_limit, profile_seconds, copies_kept(optimizer),
     )  # fmt: skip
     names = list(STEP_SCHEDULES) if schedule == "auto" else [schedule]
     names = [name for name in names if schedule != "auto" or STEP_SCHEDULES[name].chunks <= len(traced.graph.layers)]
@@ -137,6 +137,7 @@ class StepPlanner:
     ahead: int
     time_limit: float
     seconds: float
+    copies: float = 2.0
     _costs: dict[Any, tuple[StageCost, ...]] = field(default_factory=dict[Any, tuple[StageCost, ...]])
 
     def candidate(self, name: str, profile: Profile) -> Candidate:
@@ -154,7 +155,7 @@ class StepPlanner:
 
     def _attempt(self, name: str, profile: Profile) -> Candidate:
         graph = self.traced.graph
-        planner = PlanStep(name, self.time_limit)
+        planner = PlanStep(name, self.time_limit, self.micro_batches, self.copies)
         plan = planner.apply(graph, profile, self.cluster)
         order = planner.program(plan, self.micro_batches)
         program = VerifyStep().apply(LowerStep(self.ahead).apply(graph, plan, order, self.gradients))
