@@ -131,6 +131,11 @@ class LearnHost:
         self.submitted += 1
         return True
 
+    def forget(self) -> None:
+        """Let go of the rings' memory, for good."""
+        self.inputs, self.senders, self.target = [], [], None
+        del self.receiver
+
     def arrived(self) -> bool:
         """Whether the next result, or the end of the stream, is there."""
         return not self.ended and self.receiver.ready()

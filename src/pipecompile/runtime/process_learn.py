@@ -57,6 +57,7 @@ class ProcessLearner:
         self._limit = max(_HANG_SECONDS, _HANG_FACTOR * planned) if hang_seconds is None else hang_seconds
         self.snapshots: list[dict[str, Any]] = []
         self._busy: set[int] = set()
+        self._channels: dict[int, Worker] = {}
         try:
             self._open(options, dict(throttle or {}))
         except BaseException:
@@ -220,7 +221,13 @@ class ProcessLearner:
         if self._closed != "it was closed" and self._crew.workers:
             self._settle()
         self._closed = self._closed or "it was closed"
+        self._stop()
+
+    def _stop(self) -> None:
         self._crew.stop()
+        if self._channels:
+            self._host.forget()
+            self._channels, self._arrivals, self._credits, self._busy = {}, {}, {}, set()
 
     def _settle(self) -> None:
         deadline, watched = clock() + min(_GRACE_SECONDS, self._limit), select.poll()
@@ -236,7 +243,7 @@ class ProcessLearner:
         except BaseException as error:
             self._closed = f"it failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             self._settle()
-            self._crew.stop()
+            self._stop()
             raise
 
     def _check(self) -> None:
