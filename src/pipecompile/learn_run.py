@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from pipecompile.ir.learning import Outcome
+from pipecompile.learn_source import LearnSource
 from pipecompile.runtime.learn_host import Learner
+
+#: Seconds to look for results before asking a source again that has nothing yet.
+_GLANCE = 2e-3
 
 #: Takes an item of the source apart: the model's flat inputs, and its target's. Called with the sample's number.
 Prepare = Callable[[Any, int], tuple[list[Any], list[Any] | None]]
@@ -32,13 +36,24 @@ class LearnRun:
     ``first`` is the number of the first sample; ``group`` samples make one update.
     """
 
-    def __init__(self, source: Iterator[Any], prepare: Prepare, executors: Executors, first: int, group: int) -> None:
-        self._source, self._prepare, self._executors = source, prepare, executors
+    def __init__(
+        self,
+        source: LearnSource,
+        prepare: Prepare,
+        executors: Executors,
+        first: int,
+        group: int,
+        inside: int = 1 << 60,
+    ) -> None:
+        self.source, self._prepare, self._executors, self._inside = source, prepare, executors, inside
         self._learner: Learner | None = None
         self._waiting: tuple[list[Any], list[Any] | None] | None = None
         self._exhausted = self._ended = False
         self.error: BaseException | None = None
-        self.submitted = self.delivered = first
+        self.submitted = self.taken = first
+        self.delivered = 0
+        self.sequence: deque[int] = deque()
+        """How many the source gave before each sample whose result has not been handed over."""
         self.results: deque[Outcome] = deque()
         self._start, self._group = first, group
         self._marks: set[int] = set()
@@ -47,7 +62,12 @@ class LearnRun:
     def turn(self) -> bool:
         """Do one thing; False when the stream is through and all its updates are made."""
         if not self._exhausted and self._waiting is None:
-            self._pull()
+            if self.submitted - self.taken >= self._inside:
+                self._wait(room=False)
+                return True
+            if not self._pull():
+                self._wait(room=False, timeout=_GLANCE)
+                return True
         if self._waiting is None:
             return self._drain()
         if self._learner is None or self._executors.stale:
@@ -80,16 +100,35 @@ class LearnRun:
 
     def stop(self) -> None:
         """Take nothing more from the source; what is inside is still computed."""
-        self._exhausted, self._waiting = True, None
+        if self._waiting is not None:
+            self._waiting = None
+            self.sequence.pop()
+            self.source.back()
+        self._exhausted = True
+        self.source.close()
 
-    def _pull(self) -> None:
+    def _pull(self) -> bool:
+        """Take the next item of the source; False if there is none yet."""
         try:
-            self._waiting = self._prepare(next(self._source), self.submitted)
+            # Nothing to look after meanwhile, unless results are to come.
+            found = self.source.take(patient=self.submitted == self.taken)
         except StopIteration:
             self._exhausted = True
+            return True
         except Exception as error:
             # The results of all samples before come first.
             self._exhausted, self.error = True, error
+            return True
+        if found is None:
+            return False
+        try:
+            self._waiting = self._prepare(found[1], self.submitted)
+            self.sequence.append(found[0])
+        except Exception as error:
+            self._exhausted, self.error = True, error
+            self.source.back()
+            self.source.close()
+        return True
 
     def _drain(self) -> bool:
         """Let what is in flight come out; False when nothing is any more."""
@@ -102,14 +141,15 @@ class LearnRun:
         self._wait(room=not self._ended)
         return True
 
-    def _wait(self, *, room: bool) -> None:
+    def _wait(self, *, room: bool, timeout: float | None = None) -> None:
         assert self._learner is not None
-        self._learner.wait(room=room)
+        self._learner.wait(room=room, timeout=timeout)
         self._take()
 
     def _take(self) -> None:
         while self._learner is not None and (outcome := self._learner.result()) is not None:
             self.results.append(outcome)
+            self.taken += 1
 
 
 __all__ = ["Executors", "LearnRun"]

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -18,14 +19,17 @@ from pipecompile.ir.cluster import Link
 from pipecompile.ir.learning import PREDICTED, SKIPPED, Learned, LearnPackage, Outcome, Rule
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
+from pipecompile.ir.sample import Counts
 from pipecompile.ir.training import StageCost
 from pipecompile.ir.tree import flatten, unflatten
 from pipecompile.learn_run import LearnRun
+from pipecompile.learn_source import Live, Pulled
 from pipecompile.model_weights import ModelWeights
 from pipecompile.runtime.inline_learn import InlineLearner
 from pipecompile.runtime.learn import LearnOptions
 from pipecompile.runtime.learn_host import Learner
 from pipecompile.runtime.process_learn import ProcessLearner
+from pipecompile.streams.entrance import Options, Overload
 from pipecompile.training import ExecutorName
 
 
@@ -65,6 +69,7 @@ class LearningPipeline(nn.Module):
         self._carried: tuple[dict[str, Any], dict[str, Any], int | None] = {}, {}, None
         self._run: LearnRun | None = None
         self._samples = 0
+        self._counted = Counts()
         self._closed = ""
         self._lock = threading.RLock()
 
@@ -98,7 +103,25 @@ class LearningPipeline(nn.Module):
         """How many samples have been taken in since the pipeline was made."""
         return self._samples if self._run is None else self._run.submitted
 
-    def learn(self, samples: Iterable[Any]) -> Generator[Learned]:
+    @property
+    def counts(self) -> Counts:
+        """Where all samples are that sources have given; of one moment. What failed or was not taken is dropped."""
+        run, before = self._run, self._counted
+        if run is None:
+            return before
+        # Delivered first: a count that is taken later can only be higher.
+        delivered, dropped = before.delivered + run.delivered, before.dropped + run.source.dropped
+        submitted = before.submitted + run.source.offered
+        return Counts(submitted, delivered, dropped, 0, submitted - delivered - dropped)
+
+    def learn(
+        self,
+        samples: Iterable[Any],
+        *,
+        on_overload: Overload = "block",
+        max_waiting: int | None = None,
+        deadline: float | None = None,
+    ) -> Generator[Learned]:
         """Results for a source of (input, target) pairs, in order, while later samples are under way.
 
         An input is a tensor, a tuple of positional arguments or a dict of keyword arguments, as in
@@ -106,6 +129,16 @@ class LearningPipeline(nn.Module):
         predict, do not learn. A result comes when the loss of its sample is known; its own update
         may still be under way in earlier stages. When the iteration is over, all updates are made.
         Ended early, it computes and updates what is inside, and drops those results.
+
+        Args:
+            samples: the source; asked for a sample when there is room.
+            on_overload: anything but ``"block"`` reads it in a thread at its own pace instead. A pair
+                that finds the entrance full then goes, or makes another go, as in
+                :meth:`pipecompile.InferencePipeline.stream`: ``"drop_oldest"``, ``"drop_newest"``,
+                ``"latest"``, ``"error"``. Targets go with their inputs; ``result.seq`` counts dropped
+                samples too. See :attr:`counts`.
+            max_waiting: how many may wait at the entrance; 8, or 1 for ``"latest"``, if None.
+            deadline: seconds after which a sample that still waits there is dropped.
 
         Raises:
             InputError: from ``next()``, naming the sample, if one does not fit; at once if another
@@ -118,7 +151,11 @@ class LearningPipeline(nn.Module):
             self._check()
             if self._run is not None:
                 raise InputError("a stream is under way: one learn() at a time")
-            run = self._run = LearnRun(iter(samples), self._prepare, self, self._samples, self.rule.accumulate)
+            options = Options(on_overload, max_waiting, deadline)
+            source = Pulled(samples) if on_overload == "block" else Live(samples, options)
+            devices = len(self.plan.stages)
+            inside = devices if on_overload == "latest" else 1 << 60
+            run = self._run = LearnRun(source, self._prepare, self, self._samples, self.rule.accumulate, inside)
         return self._results(run)
 
     def _results(self, run: LearnRun) -> Generator[Learned]:
@@ -143,9 +180,11 @@ class LearningPipeline(nn.Module):
             while not self._closed and self._turn(run):
                 run.results.clear()
         finally:
-            self._samples = run.submitted
             if self._run is run:
-                self._run = None
+                self._counted, self._samples, self._run = self.counts, run.submitted, None
+                # What nobody took counts as dropped.
+                lost = self._counted.in_flight
+                self._counted = replace(self._counted, dropped=self._counted.dropped + lost, in_flight=0)
 
     def _turn(self, run: LearnRun) -> bool:
         try:
@@ -156,7 +195,7 @@ class LearningPipeline(nn.Module):
 
     def _learned(self, run: LearnRun) -> Learned:
         outcome: Outcome = run.results.popleft()
-        seq, run.delivered = run.delivered, run.delivered + 1
+        seq, run.delivered = self._counted.submitted + run.sequence.popleft(), run.delivered + 1
         output = unflatten(self._learn.package.out_tree, list(outcome.outputs))
         loss = None if outcome.status == PREDICTED else outcome.loss
         return Learned(seq, output, loss, outcome.versions, outcome.times, outcome.status == SKIPPED)
@@ -237,6 +276,7 @@ class LearningPipeline(nn.Module):
             if self._learner is not None:
                 self._learner.load(*self._carried)
             self._samples = int(snapshot["samples"])
+            self._counted = Counts(self._samples, self._samples)  # numbers go on as there
 
     def set_optimizer(self, **settings: Any) -> None:
         """Change settings of the optimizers from the next stream on: ``pipe.set_optimizer(lr=0.01)``.

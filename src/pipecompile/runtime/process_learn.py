@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import weakref
@@ -135,17 +136,19 @@ class ProcessLearner:
         self._check()
         return self._host.end()
 
-    def wait(self, *, room: bool) -> None:
+    def wait(self, *, room: bool, timeout: float | None = None) -> None:
         """See ``Learner``."""
         self._check()
-        self._guarded(lambda: self._wait(room))
+        self._guarded(lambda: self._wait(room, timeout))
 
-    def _wait(self, room: bool) -> None:
+    def _wait(self, room: bool, timeout: float | None) -> None:
         host, begun = self._host, clock()
+        deadline = math.inf if timeout is None else begun + timeout
         poller = self._for_either if room else self._for_result
         ports = {**self._arrivals, **self._credits}
-        while not host.arrived() and not (room and host.room()) and self._busy:
-            events = [fd for fd, _ in poller.poll(int(min(self._limit / 4, 1.0) * 1000))]
+        while not host.arrived() and not (room and host.room()) and self._busy and clock() < deadline:
+            seconds = min(self._limit / 4, 1.0, max(0.001, deadline - clock()))
+            events = [fd for fd, _ in poller.poll(int(seconds * 1000))]
             for fd in events:
                 if fd in ports:
                     ports[fd].refill()
