@@ -16,7 +16,8 @@ from torch import nn
 
 from learners import learning, network, same, stream
 from pipecompile import Learned, LearningPipeline
-from pipecompile.errors import PipelineClosed, StepError, WorkerDied, WorkerHung
+from pipecompile.errors import PipecompileWarning, PipelineClosed, StepError, WorkerDied, WorkerHung
+from pipecompile.runtime import nursery
 from pipecompile.runtime.process_learn import ProcessLearner
 
 
@@ -31,6 +32,7 @@ def gone(pid: int) -> bool:
 
 
 def descriptors() -> int:
+    nursery.prepare()  # stays for the next pipeline
     gc.collect()
     return len(os.listdir("/proc/self/fd"))
 
@@ -133,3 +135,26 @@ def test_closing_in_the_middle_computes_what_is_inside_and_leaves_nothing() -> N
     del dropped, results, pipe
     assert descriptors() == before
     assert all(gone(pid) for pid in workers)
+
+
+def test_after_a_death_learning_goes_on_from_the_last_snapshot_and_says_what_is_learned_again() -> None:
+    samples, seen = stream(60), list[int]()
+    with learning(network(), 2) as pipe:  # what the workers do when nothing happens
+        list(pipe.learn(samples))
+        wanted = dict(pipe.state_dict())
+    with learning(network(), 2, "sync", executor="process", on_failure="restart", snapshot_every=8) as pipe:
+        results = pipe.learn(samples)
+        seen += [next(results).seq for _ in range(30)]
+        os.kill(pids(pipe)[1], signal.SIGKILL)
+        with pytest.warns(PipecompileWarning, match=r"device 1 .* was killed by SIGKILL.* samples are learned again"):
+            seen += [result.seq for result in results]
+        assert seen == list(range(60))
+        assert pipe.restarts == 1
+        assert 0 < pipe.relearned < 30
+        assert pipe.counts.delivered == 60
+        snapshot = pipe.snapshot()
+        assert (snapshot["samples"], snapshot["updates"]) == (60, 60)
+    with learning(network(), 1) as pipe:  # sync does not care where a stream begins anew
+        list(pipe.learn(samples))
+        assert same(snapshot["model"], dict(pipe.state_dict()))
+    assert not same(snapshot["model"], wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from pipecompile.arguments import Arguments
-from pipecompile.errors import InputError, PipelineClosed, PipelineError
+from pipecompile.errors import InputError, PipecompileWarning, PipelineClosed, PipelineError, WorkerDied, WorkerHung
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.learning import PREDICTED, SKIPPED, Learned, LearnPackage, Outcome, Rule
 from pipecompile.ir.plan import Plan
@@ -29,6 +30,7 @@ from pipecompile.runtime.inline_learn import InlineLearner
 from pipecompile.runtime.learn import LearnOptions
 from pipecompile.runtime.learn_host import Learner
 from pipecompile.runtime.process_learn import ProcessLearner
+from pipecompile.streams.engine import OnFailure
 from pipecompile.streams.entrance import Options, Overload
 from pipecompile.training import ExecutorName
 
@@ -54,6 +56,8 @@ class LearningPipeline(nn.Module):
         executor: ExecutorName = "process",
         hang_seconds: float | None = None,
         throttle: Mapping[str, Link] | None = None,
+        on_failure: OnFailure = "raise",
+        snapshot_every: int = 100,
         costs: tuple[StageCost, ...],
     ) -> None:
         super().__init__()
@@ -63,6 +67,10 @@ class LearningPipeline(nn.Module):
         self._executor: ExecutorName = executor
         self._watching: dict[str, Any] = {"hang_seconds": hang_seconds, "throttle": throttle}
         self._costs = costs
+        self._every = snapshot_every if on_failure == "restart" else 0
+        self._last: dict[str, Any] | None = None
+        self._deaths, self._seen = 0, -1
+        self.restarts = self.relearned = 0
         self._weights = ModelWeights(learn.package.state, learn.owned, tensors, model)
         self._learner: Learner | None = None
         self._stale = False
@@ -151,11 +159,15 @@ class LearningPipeline(nn.Module):
             self._check()
             if self._run is not None:
                 raise InputError("a stream is under way: one learn() at a time")
+            if self._every:
+                self._last = self._assembled(self._states(), self._samples)
             options = Options(on_overload, max_waiting, deadline)
             source = Pulled(samples) if on_overload == "block" else Live(samples, options)
             devices = len(self.plan.stages)
             inside = devices if on_overload == "latest" else 1 << 60
-            run = self._run = LearnRun(source, self._prepare, self, self._samples, self.rule.accumulate, inside)
+            run = self._run = LearnRun(
+                source, self._prepare, self, self._samples, self.rule.accumulate, inside, self._every
+            )
         return self._results(run)
 
     def _results(self, run: LearnRun) -> Generator[Learned]:
@@ -188,10 +200,50 @@ class LearningPipeline(nn.Module):
 
     def _turn(self, run: LearnRun) -> bool:
         try:
-            return run.turn()
+            more = run.turn()
         except Exception as error:
+            if isinstance(error, (WorkerDied, WorkerHung)) and self._restart(run, error):
+                return True
             self._fail(error)
             raise
+        saved = run.saved(self._learn.stages) if self._every else None
+        if saved is not None:
+            self._last = self._assembled(saved[1], saved[0])
+        return more
+
+    def _restart(self, run: LearnRun, error: Exception) -> bool:
+        """Go on from the last snapshot with new workers; False after three deaths in a row without a new result."""
+        self._deaths = self._deaths + 1 if run.delivered + len(run.results) == self._seen else 1
+        self._seen = run.delivered + len(run.results)
+        if self._last is None or self._deaths > 3:
+            return False
+        assert self._learner is not None
+        self._learner.close()
+        self._learner = None
+        self._put_back(self._last)
+        again = run.restart(self._last["samples"])
+        self.restarts, self.relearned = self.restarts + 1, self.relearned + again
+        warnings.warn(
+            f"{str(error).splitlines()[0]}. The workers are replaced; {again} samples are learned again, from the "
+            f"snapshot after {self._last['samples']} samples on",
+            PipecompileWarning,
+            stacklevel=4,
+        )
+        return True
+
+    def _put_back(self, snapshot: Mapping[str, Any]) -> None:
+        """Values of a snapshot: the model's at once, the optimizers' with the next learner."""
+        self._model.load_state_dict(snapshot["model"])
+        state, settings = self._weights.unpacked(snapshot["optimizer"])
+        self._carried = state, settings, int(snapshot["updates"])
+
+    def _states(self) -> list[dict[str, Any]]:
+        """What the devices say of their optimizers, or what they will be given."""
+        if self._learner is not None:
+            return self._learner.states()
+        state, settings, version = self._carried
+        groups = dict.fromkeys(self._weights.positions(), settings)
+        return [{"state": state, "groups": groups, "version": version or 0}]
 
     def _learned(self, run: LearnRun) -> Learned:
         outcome: Outcome = run.results.popleft()
@@ -254,8 +306,7 @@ class LearningPipeline(nn.Module):
                     pass
                 if parts is not None:
                     return self._assembled(parts, wanted + 1)
-            states = [] if self._learner is None else self._learner.states()
-            return self._assembled(states, self.samples)
+            return self._assembled(self._states(), self.samples)
 
     def load_snapshot(self, snapshot: Mapping[str, Any]) -> None:
         """Go on where :meth:`snapshot` was taken, in this pipeline or in one cut otherwise.
@@ -270,9 +321,7 @@ class LearningPipeline(nn.Module):
             self._check()
             if self._run is not None:
                 raise InputError("a stream is under way: load a snapshot before or after it")
-            self._model.load_state_dict(snapshot["model"])
-            state, settings = self._weights.unpacked(snapshot["optimizer"])
-            self._carried = state, settings, int(snapshot["updates"])
+            self._put_back(snapshot)
             if self._learner is not None:
                 self._learner.load(*self._carried)
             self._samples = int(snapshot["samples"])

@@ -85,6 +85,8 @@ class LearningOptions(EveryMode, LossAndOptimizer, total=False):
     example_targets: Any
     on_nonfinite: OnNonfinite
     scale_lr: bool
+    on_failure: OnFailure
+    snapshot_every: int
     seed: int
 
 
