@@ -68,6 +68,7 @@ class LearnRun:
         self._known = 0
         self._fresh = True
         self._marks: set[int] = set()
+        self._wanted: set[int] = set()
         self._parts: dict[int, list[dict[str, Any]]] = {}
 
     def turn(self) -> bool:
@@ -124,8 +125,9 @@ class LearnRun:
         self._again, self._kept = deque((*self._kept, *self._again)), deque()
         self._known += self.taken - samples  # results that have been there before
         self.submitted = self.taken = samples
+        self._wanted.discard(self._auto)
         self._learner, self._waiting, self._fresh, self._ended, self._auto = None, None, True, False, -1
-        self._marks.clear()
+        self._marks = {number for number in self._wanted if number >= samples}
         self._parts.clear()
         return again
 
@@ -133,6 +135,7 @@ class LearnRun:
         """Ask for a snapshot after the next update whose last sample is yet to be handed over; its number."""
         wanted = self.submitted + self._group - 1 - (self.submitted - self._start) % self._group
         self._marks.add(wanted)
+        self._wanted.add(wanted)
         return wanted
 
     def parts(self, sample: int, stages: int) -> list[dict[str, Any]] | None:
@@ -141,7 +144,10 @@ class LearnRun:
             found, self._learner.snapshots[:] = list(self._learner.snapshots), []
             for part in found:
                 self._parts.setdefault(part["sample"], []).append(part)
-        return self._parts.pop(sample) if len(self._parts.get(sample, ())) == stages else None
+        if len(self._parts.get(sample, ())) < stages:
+            return None
+        self._wanted.discard(sample)
+        return self._parts.pop(sample)
 
     def stop(self) -> None:
         """Take nothing more from the source; what is inside is still computed."""
