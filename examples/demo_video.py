@@ -35,6 +35,8 @@ import pipecompile
 
 FOLDER = Path(__file__).resolve().parent.parent / "build" / "demo"
 SIZE, LENGTH = 224, 120
+#: Longest time to measure, as far as the rounds before tell.
+_PATIENCE_SECONDS = 100.0
 MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 
@@ -166,11 +168,17 @@ def timed(results: Iterable[object]) -> float:
 
 
 def measure(ways: dict[str, Callable[[], float]], rounds: int, console: Console) -> dict[str, list[float]]:
-    """Time every way once a round, in turns, so that a slow minute of the machine hits all alike."""
+    """Time every way once a round, in turns, so that a slow minute of the machine hits all alike.
+
+    On a machine that is busy otherwise there are fewer rounds, so that it ends within minutes.
+    """
+    begin = time.monotonic()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("measuring", total=rounds * len(ways))
-        for _ in range(rounds):
+        for done in range(rounds):
+            if done and (done + 1) / done * (time.monotonic() - begin) > _PATIENCE_SECONDS:
+                break
             for name, run in ways.items():
                 bar.update(task, description=name)
                 seconds[name].append(run())
