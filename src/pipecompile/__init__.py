@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipecompile import sources
+    from pipecompile import losses, sources
     from pipecompile._version import __version__
     from pipecompile.decorator import pipeline
     from pipecompile.driver import compile, load
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pipecompile.training import TrainingPipeline
 
 #: Packages reached by attribute: ``pipecompile.sources.VideoFile``.
-_ROOMS = ("sources",)
+_ROOMS = ("losses", "sources")
 
 _HOME = {
     "__version__": "_version",
@@ -100,6 +100,7 @@ __all__ = [
     "__version__",
     "compile",
     "load",
+    "losses",
     "pipeline",
     "sources",
 ]

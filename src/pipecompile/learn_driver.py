@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -76,7 +77,7 @@ def compile_learning(
     tell("partition", 0.6)
     # What a stage computes for a sample is what a training step computes for a micro-batch.
     chosen = StepPlanner(
-        traced, gradients, leaves, ExampleLoss(loss_fn, graph.out_tree, example_targets), measure,
+        traced, gradients, leaves, ExampleLoss(copy.deepcopy(loss_fn), graph.out_tree, example_targets), measure,
         replace(cluster, link=measured.link), 1, ahead, time_limit, profile_seconds,
     ).candidate("1f1b", training_profile(graph, measured, gradients))  # fmt: skip
     plan = chosen.plan

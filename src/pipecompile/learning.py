@@ -19,6 +19,7 @@ from pipecompile.ir.learning import PREDICTED, SKIPPED, Learned, LearnPackage, O
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.sample import Counts
+from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.training import StageCost
 from pipecompile.ir.tree import unflatten
 from pipecompile.learn_pairs import Pairs
@@ -30,6 +31,7 @@ from pipecompile.runtime.inline_learn import InlineLearner
 from pipecompile.runtime.learn import LearnOptions
 from pipecompile.runtime.learn_host import Learner
 from pipecompile.runtime.process_learn import ProcessLearner
+from pipecompile.simulate.learn import simulate_learn
 from pipecompile.streams.engine import OnFailure
 from pipecompile.streams.entrance import Options, Overload
 from pipecompile.training import ExecutorName
@@ -105,6 +107,13 @@ class LearningPipeline(nn.Module):
     def costs(self) -> tuple[StageCost, ...]:
         """Measured costs of the stages, for one sample."""
         return self._costs
+
+    def simulate(self, samples: int = 64) -> Timeline:
+        """What a stream of so many samples is predicted to look like, from the measured costs of the stages."""
+        return simulate_learn(
+            self.program, self.costs, samples, self.plan.cluster.link, cluster=self.plan.cluster,
+            throttle=self._watching["throttle"],
+        )  # fmt: skip
 
     @property
     def samples(self) -> int:
