@@ -55,7 +55,7 @@ class Waiting(nn.Module):
         return torch.ops.pipecompile_bench.wait(self.linear(x), *self.seconds)
 
 
-def lengths(layers: nn.Sequential, x: Tensor, repeats: int = 7) -> list[tuple[float, float]]:
+def lengths(layers: nn.Sequential, x: Tensor, repeats: int = 25) -> list[tuple[float, float]]:
     """Seconds that each layer takes on this thread, forward and backward, in its place: medians."""
     seen: list[list[tuple[float, float]]] = [[] for _ in layers]
     for _ in range(repeats + 2):

@@ -25,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -193,7 +193,7 @@ def report(name: str, pipes: dict[str, Any], rates: dict[str, list[float]]) -> T
     return table
 
 
-def emulate(devices: list[int], rules: list[str], seconds: float, progress: Progress) -> Table:
+def emulate(devices: list[int], rules: list[str], rounds: int, seconds: float, progress: Progress) -> Table:
     """The layers of A as waits, on as many devices as asked for."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -203,33 +203,39 @@ def emulate(devices: list[int], rules: list[str], seconds: float, progress: Prog
         torch.manual_seed(0)
         return nn.Sequential(*(Waiting(*pair) for pair in waits)), torch.randn(1, WIDTH), torch.zeros(()), squares
 
-    step, times = sequential(*lesson()), list[float]()
-    for _ in range(8):
-        begin = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - begin)
-    total = statistics.median(times[1:])
+    step = sequential(*lesson())
     table = Table(
-        "devices", "rule", "layers a stage", "total / slowest", "speed-up", "speed-up / limit",
-        title=f"emulated: {len(waits)} layers, {1e3 * total:.1f} ms a sample on one device",
+        "devices", "rule", "layers a stage", "total / slowest", "speed-up", "speed-up / limit [least, most]",
+        title=f"emulated: {len(waits)} layers, {1e3 * timed(step):.1f} ms a sample on one device",
     )  # fmt: skip
     whole = [str(i) for i in range(len(waits))]  # a module is one layer
     task = progress.add_task("emulated", total=len(devices) * len(rules))
-    for count in devices:
-        for rule in rules:
-            _, x, y, _ = lesson()
-            more = {"imports": ["bench.emulated"], "leaf": whole, "profile_seconds": 4 * total}
-            with compiled(lesson(), rule, count, **more) as pipe:
-                sizes = [len(stage.layers) for stage in pipe.plan.stages]
-                ends = np.cumsum([0, *sizes])
-                loads = [sum(map(sum, waits[a:b])) for a, b in pairwise(ends)]
-                limit = sum(loads) / max(loads)
-                rate = learning_rate(pipe, x, y, max(seconds, 12 * total)) * total
-                table.add_row(
-                    str(count), rule, "+".join(map(str, sizes)), f"{limit:.2f}", f"{rate:.2f}x", f"{rate / limit:.3f}"
-                )
-            progress.advance(task)
+    for count, rule in product(devices, rules):
+        _, x, y, _ = lesson()
+        with compiled(lesson(), rule, count, imports=["bench.emulated"], leaf=whole, profile_seconds=0.5) as pipe:
+            sizes = [len(stage.layers) for stage in pipe.plan.stages]
+            ends = np.cumsum([0, *sizes])
+            loads = [sum(map(sum, waits[a:b])) for a, b in pairwise(ends)]
+            limit = sum(loads) / max(loads)
+            learning_rate(pipe, x, y, 0.1)
+            speeds = [timed(step) * learning_rate(pipe, x, y, seconds) for _ in range(rounds)]
+        middle, least, most = (choose(speeds) for choose in (statistics.median, min, max))
+        table.add_row(
+            str(count), rule, "+".join(map(str, sizes)), f"{limit:.2f}", f"{middle:.2f}x",
+            f"{middle / limit:.3f} [{least / limit:.3f}, {most / limit:.3f}]",
+        )  # fmt: skip
+        progress.advance(task)
     return table
+
+
+def timed(step: Callable[[], None], repeats: int = 4) -> float:
+    """Median seconds of a step."""
+    times = list[float]()
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
 
 
 def main() -> None:
@@ -252,7 +258,7 @@ def main() -> None:
                 console.print(report(name, *measure(name, options.rounds, options.seconds, options.rules, progress)))
         if options.emulate:
             rules = [rule for rule in options.rules if rule != "sync"]
-            console.print(emulate(options.emulate, rules, options.seconds, progress))
+            console.print(emulate(options.emulate, rules, options.rounds, options.seconds, progress))
 
 
 if __name__ == "__main__":
