@@ -12,14 +12,16 @@ import torch
 from torch import nn
 
 from pipecompile.arguments import Arguments
-from pipecompile.errors import InputError, PipelineClosed
+from pipecompile.errors import InputError, NonFiniteError, PipelineClosed, StepError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.training import StageCost, StepPackage, StepRequest
 from pipecompile.runtime.batches import Reduction, loss_weights, split_inputs, split_targets
+from pipecompile.runtime.criterion import Criterion
 from pipecompile.runtime.inline_step import InlineTrainer, Trainer
+from pipecompile.runtime.not_finite import origin
 from pipecompile.runtime.process_step import ProcessTrainer
 from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.simulate.step import simulate_step
@@ -50,6 +52,7 @@ class TrainingPipeline(nn.Module):
         seed: int = 0,
         clip_norm: float | None = None,
         keep_gradients: bool = False,
+        check_finite: bool = False,
         hang_seconds: float | None = None,
         throttle: Mapping[str, Link] | None = None,
         costs: tuple[StageCost, ...],
@@ -60,7 +63,9 @@ class TrainingPipeline(nn.Module):
         batch_dims = [(i, 0) for i, cut in enumerate(step.batched) if cut and step.package.symbols]
         self._arguments = Arguments(step.package, batch_dims)
         self._reduction: Reduction = reduction
-        self._options: dict[str, Any] = {"seed": seed, "keep_gradients": keep_gradients}
+        self._options: dict[str, Any] = {
+            "seed": seed, "keep_gradients": keep_gradients, "check_finite": check_finite,
+        }  # fmt: skip
         self._watching: dict[str, Any] = {"hang_seconds": hang_seconds, "throttle": throttle}
         self._clip, self._costs = clip_norm, costs
         self._executor = executor
@@ -109,7 +114,12 @@ class TrainingPipeline(nn.Module):
 
         Raises:
             InputError: if inputs or targets do not match what was compiled.
-            StepError: if a stage or the loss raises; the pipeline is closed then.
+            StepError: if a stage or the loss raises. Weights, buffers and gradients are as before the
+                step, and the pipeline stays usable; unless a stage had updated already, which the
+                message says: then it is closed.
+            NonFiniteError: as a StepError, for a loss or gradients that are not finite
+                (``check_finite=True``).
+            WorkerDied: if the process of a device ends; the pipeline is closed then.
         """
         with self._lock:
             leaves = self._split(inputs)
@@ -120,12 +130,31 @@ class TrainingPipeline(nn.Module):
             request = StepRequest(self._steps, leaves, parts, weights, update, self._clip)
             try:
                 losses = trainer.step(request)
-            except Exception as error:
-                self._closed = f"it failed: {str(error).splitlines()[0]}"
-                trainer.close()
+            except NonFiniteError as error:
+                raise NonFiniteError(
+                    f"{error} in step {self._steps}: {self._origin(error, request)}. Nothing was updated",
+                    micro_batch=error.micro_batch,
+                    weights=tuple(self._weights.fqn(name) for name in error.weights),
+                ) from None
+            except StepError as error:
+                if trainer.closed:
+                    raise StepError(
+                        f"a stage had updated its weights already, the pipeline is closed: {error}"
+                    ) from None
                 raise
             self._steps += 1
             return torch.stack(losses).sum()
+
+    def _origin(self, error: NonFiniteError, request: StepRequest) -> str:
+        """Where what is not finite comes from, in words."""
+        package = self._step.package
+        if error.micro_batch < 0:
+            names = [self._weights.fqn(name) for name in error.weights]
+            stages = sorted({s for s, own in self._step.owned.items() for name in own if name in error.weights})
+            return f"of {', '.join(names)} in stage {', '.join(map(str, stages))}" if names else "it overflowed"
+        criterion = Criterion(self._loss_fn, package.out_tree)
+        criterion.targets, criterion.weights = request.targets, request.weights
+        return origin(self._step, self._weights.current(), criterion, request, error.micro_batch, self._options["seed"])
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Gradients of the last update under the model's names (compiled with ``keep_gradients=True``)."""
@@ -257,8 +286,9 @@ class TrainingPipeline(nn.Module):
         return next(leaf.shape[0] for leaf, cut in zip(row, self._step.batched, strict=True) if cut)
 
     def _ready(self) -> Trainer:
-        if self._closed:
-            raise PipelineClosed(f"this pipeline cannot be used any more: {self._closed}")
+        closed = self._closed or ("" if self._trainer is None else self._trainer.closed)
+        if closed:
+            raise PipelineClosed(f"this pipeline cannot be used any more: {closed}")
         if self._trainer is None:
             tensors = self._weights.current()
             if self._executor == "inline":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from pipecompile.errors import PipelineClosed, PipelineError
-from pipecompile.ir.package import DeviceModule
 from pipecompile.ir.program import HOST
 from pipecompile.ir.training import StepPackage, StepRequest
 from pipecompile.runtime.channels.link import ports_of
@@ -17,9 +17,9 @@ from pipecompile.runtime.channels.local import LocalEdge
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender
 from pipecompile.runtime.criterion import Criterion
 from pipecompile.runtime.executor import bounds
-from pipecompile.runtime.module import execute
 from pipecompile.runtime.numerics import stage_mode
-from pipecompile.runtime.step import StepLink, step_error
+from pipecompile.runtime.step import StepLink
+from pipecompile.runtime.step_run import Outcome, StepRun, failure, written_by
 from pipecompile.runtime.update import DeviceUpdates, LocalBoard, OptimizerFactory
 
 
@@ -30,9 +30,14 @@ class Trainer(Protocol):
         """One step; the weighted loss of each micro-batch.
 
         Raises:
-            StepError: if a stage raises; the trainer is closed then.
-            WorkerDied: if the process of a device ends.
+            StepError: if a stage raises. Nothing has changed then, or else the trainer is closed.
+            WorkerDied: if the process of a device ends; the trainer is closed then.
         """
+        ...
+
+    @property
+    def closed(self) -> str:
+        """Why it cannot be used any more; empty while it can."""
         ...
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -68,9 +73,10 @@ class InlineTrainer:
         seed: int,
         *,
         keep_gradients: bool = False,
+        check_finite: bool = False,
     ) -> None:
         package = step.package
-        self._package, self._closed, self._done = package, "", 0
+        self._package, self.closed, self._done = package, "", 0
         edges = [edge for edge in package.program.edges if edge.slots]
         room = bounds(package, None)
         local = {edge.name: LocalEdge(edge, room) for edge in edges}
@@ -80,7 +86,7 @@ class InlineTrainer:
         ]
         updating = [m.device for m in package.modules if any(step.owned.get(s) for s in m.stages)]
         self._board = LocalBoard(updating)
-        self._criterion = Criterion(loss_fn, package.out_tree)
+        self._criterion = Criterion(loss_fn, package.out_tree, finite=check_finite)
         for name in package.imports:
             importlib.import_module(name)
         self._devices: list[_Device] = []
@@ -91,16 +97,17 @@ class InlineTrainer:
                 for i, info in enumerate(infos)
             ]
             mine = {s: step.owned[s] for s in module.stages if s in step.owned}
-            updates = DeviceUpdates(module.device, mine, weights, optimizer, self._board)
+            updates = DeviceUpdates(module.device, mine, weights, optimizer, self._board, finite=check_finite)
             updates.keep = keep_gradients
-            link = StepLink(weights, ports, updates, seed)
+            link = StepLink(weights, ports, updates, seed, written_by(package, module))
             link.criterion = self._criterion
-            self._devices.append(_Device(module, link, updates))
+            run = StepRun(module, link, ports, step.micro_batches)
+            self._devices.append(_Device(link, updates, run))
 
     def step(self, request: StepRequest) -> list[torch.Tensor]:
         """See :class:`Trainer`."""
-        if self._closed:
-            raise PipelineClosed(f"this pipeline cannot be used any more: {self._closed}")
+        if self.closed:
+            raise PipelineClosed(f"this pipeline cannot be used any more: {self.closed}")
         self._criterion.targets, self._criterion.weights = request.targets, request.weights
         self._board.reset()
         count = len(request.leaves)
@@ -112,13 +119,24 @@ class InlineTrainer:
                     moved = self._submit(request, count)
                     turns = [device.advance() for device in self._devices]  # each gets one
                     moved |= any(turns)
-                    if not moved:
+                    if any(device.failed for device in self._devices):
+                        self._board.abandon()
+                    elif not moved:
                         raise PipelineError(f"deadlock in step {request.number}: every device waits")
-        except Exception as error:
-            self._closed = f"it failed: {str(error).splitlines()[0]}"
+        except BaseException as error:
+            self.closed = f"it failed: {type(error).__name__}: {error}"
             raise
         self._done += 1
-        return [loss for device in self._devices for loss in device.link.losses]
+        outcomes = [device.outcome for device in self._devices]
+        error = failure(outcomes)
+        if error is not None:
+            if any(outcome.updated for outcome in outcomes):
+                self.closed = f"it failed: {str(error).splitlines()[0]}"
+            else:
+                for device in self._devices:
+                    device.link.roll_back()
+            raise error
+        return [loss for outcome in outcomes for loss in outcome.losses]
 
     def _submit(self, request: StepRequest, count: int) -> bool:
         moved, base = False, self._done * count
@@ -154,41 +172,47 @@ class InlineTrainer:
 
     def close(self) -> None:
         """See :class:`Trainer`."""
-        self._closed = self._closed or "it was closed"
+        self.closed = self.closed or "it was closed"
 
 
 class _Device:
-    """One device: its module and, while a step runs, its generator and the port that waits for."""
+    """One device: its run and, while a step goes on, its generator and the port that waits for."""
 
-    def __init__(self, module: DeviceModule, link: StepLink, updates: DeviceUpdates) -> None:
-        self.module, self.link, self.updates = module, link, updates
+    def __init__(self, link: StepLink, updates: DeviceUpdates, run: StepRun) -> None:
+        self.link, self.updates, self._run = link, updates, run
         self.port: Any = None
-        self._step = execute(module.source, module.filename)["step"]
+        self.outcome = Outcome()
         self._steps: Any = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has given up its part of the step under way."""
+        return self._run.failed
 
     def begin(self, request: StepRequest, done: int) -> None:
         """Run up to the first wait; ``done`` steps went through these rings before."""
-        self.link.number, self.link.losses = request.number, []
+        self.link.number = request.number
         self.updates.begin(request.update, request.clip)
-        self._steps = self._step(self.link, done)
-        self._resume(None)
+        self._steps = self._run.run(done)
+        self._resume(lambda: self._steps.send(None))
 
     def advance(self) -> bool:
         """Go on if the present wait is over; whether it was."""
         if self.port is None or not self.port.ready():
             return False
-        self._resume(self.port.take())
+        try:
+            value = self.port.take()
+        except Exception as error:  # the run says what follows from it
+            self._resume(partial(self._steps.throw, error))
+        else:
+            self._resume(partial(self._steps.send, value))
         return True
 
-    def _resume(self, value: Any) -> None:
+    def _resume(self, go_on: Callable[[], Any]) -> None:
         try:
-            self.port = self._steps.send(value)
-        except StopIteration:
-            self.port = None
-        except Exception as error:
-            module: Sequence[int] = self.module.stages
-            done = f" in step {self.link.number}"
-            raise step_error(error, self.module.filename, self.module.device, module, done) from error
+            self.port = go_on()
+        except StopIteration as end:
+            self.port, self.outcome = None, end.value
 
 
 __all__ = ["InlineTrainer", "Trainer"]

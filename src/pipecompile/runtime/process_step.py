@@ -30,6 +30,7 @@ from pipecompile.runtime.executor import bounds
 from pipecompile.runtime.lifeline import born_here
 from pipecompile.runtime.records import Records
 from pipecompile.runtime.step_device import Boot
+from pipecompile.runtime.step_run import Outcome, failure, written_by
 from pipecompile.runtime.update import OptimizerFactory
 
 _START_SECONDS = 60.0
@@ -54,10 +55,11 @@ class ProcessTrainer:
         seed: int,
         *,
         keep_gradients: bool = False,
+        check_finite: bool = False,
         hang_seconds: float | None = None,
         throttle: Mapping[str, Link] | None = None,
     ) -> None:
-        self._step, self._closed, self._done = step, "it never started", 0
+        self._step, self.closed, self._done = step, "it never started", 0
         self._weights = adopt(dict(weights))
         self._crew = crew = _Crew()
         self._updating: list[Worker] = []
@@ -65,11 +67,11 @@ class ProcessTrainer:
         planned = sum(stage.load for stage in step.package.plan.stages) * step.micro_batches
         self._limit = max(_HANG_SECONDS, _HANG_FACTOR * planned) if hang_seconds is None else hang_seconds
         try:
-            self._open(loss_fn, optimizer, seed, keep_gradients, dict(throttle or {}))
+            self._open(loss_fn, optimizer, seed, keep_gradients, check_finite, dict(throttle or {}))
         except BaseException:
             crew.stop()
             raise
-        self._closed = ""
+        self.closed = ""
 
     def _open(
         self,
@@ -77,6 +79,7 @@ class ProcessTrainer:
         optimizer: OptimizerFactory,
         seed: int,
         keep_gradients: bool,
+        check_finite: bool,
         throttle: dict[str, Link],
     ) -> None:
         step, package, crew = self._step, self._step.package, self._crew
@@ -98,7 +101,8 @@ class ProcessTrainer:
                     worker.records_fd, arenas, self._weights.describe(module.state),
                     {s: step.owned[s] for s in module.stages if s in step.owned}, optimizer,
                     loss_fn if last in module.stages else None, package.out_tree, seed, keep_gradients,
-                    device.threads, numerics.snapshot(), package.imports,
+                    check_finite, step.micro_batches, tuple(written_by(package, module)), device.threads,
+                    numerics.snapshot(), package.imports,
                 )  # fmt: skip
                 worker.say(boot, "loss_fn, the optimizer or a class in the model's result")
             self._inputs = [
@@ -136,18 +140,25 @@ class ProcessTrainer:
                 targets = pickled.packed(request.targets) if last in worker.module.stages else None
                 weights = list(request.weights)
                 worker.say(("step", self._done, request.number, request.update, request.clip, targets, weights))
-            answers = self._await(request)
+            outcomes = self._await(request)
             self._done += 1
+            error = failure(outcomes)
+            if error is not None and not any(outcome.updated for outcome in outcomes):
+                self._ask("roll_back")
         except BaseException as error:
             self._fail(error)
             raise
-        found = [loss for answer in answers for loss in answer]
+        if error is not None:
+            if any(outcome.updated for outcome in outcomes):
+                self._fail(error)
+            raise error
+        found = [loss for outcome in outcomes for loss in outcome.losses]
         return [torch.tensor(value, dtype=getattr(torch, dtype)) for value, dtype in found]
 
-    def _await(self, request: StepRequest) -> list[Any]:
+    def _await(self, request: StepRequest) -> list[Outcome]:
         """Feed inputs as slots are posted, add up norms, and collect every worker's answer."""
         workers = self._crew.workers
-        answers: dict[int, Any] = {}
+        answers: dict[int, Outcome] = {}
         norms: dict[int, float] = {}
         count, begun = len(request.leaves), clock()
         base = self._done * count
@@ -172,10 +183,12 @@ class ProcessTrainer:
                     norms[worker.module.device] = value
                 else:
                     answers[worker.module.device] = value
-            if norms and len(norms) == len(self._updating):
-                total = sum(norms[device] for device in sorted(norms))
+            failed = any(not outcome.whole for outcome in answers.values())
+            if norms and (failed or len(norms) == len(self._updating)):
+                total = None if failed else sum(norms[device] for device in sorted(norms))
                 for worker in self._updating:
-                    worker.say(("norm", total))
+                    if worker.module.device in norms:
+                        worker.say(("norm", total))
                 norms.clear()
             self._watch([w for w in workers if w.module.device not in answers], begun)
         return [answers[worker.module.device] for worker in workers]
@@ -237,16 +250,16 @@ class ProcessTrainer:
 
     def close(self) -> None:
         """See ``Trainer``. Between steps nothing is under way, so workers simply end."""
-        self._closed = self._closed or "it was closed"
+        self.closed = self.closed or "it was closed"
         self._inputs, self._updating = [], []
         self._crew.stop()
 
     def _check(self) -> None:
-        if self._closed or os.getpid() != self._crew.owner:
-            raise PipelineClosed(f"this pipeline cannot be used any more: {self._closed or 'another process owns it'}")
+        if self.closed or os.getpid() != self._crew.owner:
+            raise PipelineClosed(f"this pipeline cannot be used any more: {self.closed or 'another process owns it'}")
 
     def _fail(self, error: BaseException) -> None:
-        self._closed = f"it failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        self.closed = f"it failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         self.close()
 
 

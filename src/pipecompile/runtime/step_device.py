@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ from pipecompile.ir.tree import Tree
 from pipecompile.runtime import numerics, pickled
 from pipecompile.runtime.arena import open_state
 from pipecompile.runtime.channels.link import ports_of
-from pipecompile.runtime.channels.ring import RingLayout, RingReceiver, RingSender, clock
+from pipecompile.runtime.channels.ring import RingLayout, RingReceiver, RingSender, SampleFailed, clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge, attach
 from pipecompile.runtime.criterion import Criterion
-from pipecompile.runtime.module import execute
 from pipecompile.runtime.records import Records
 from pipecompile.runtime.step import StepLink, step_error
+from pipecompile.runtime.step_run import Outcome, StepRun
 from pipecompile.runtime.update import DeviceUpdates, OptimizerFactory
 
 
@@ -46,6 +46,9 @@ class Boot:
     out_tree: Tree
     seed: int
     keep_gradients: bool
+    check_finite: bool
+    micro_batches: int
+    written: tuple[str, ...]
     threads: int
     numerics: dict[str, Any]
     imports: tuple[str, ...]
@@ -71,13 +74,16 @@ class StepDevice:
             ports.append(shared.receiver(index, throttle) if port.receives else shared.sender(index))
         self._records = Records(attach(boot.records), len(ports) + 1)
         self._updates = DeviceUpdates(
-            boot.module.device, boot.owned, tensors, boot.optimizer, _SocketBoard(commands, len(ports))
-        )
+            boot.module.device, boot.owned, tensors, boot.optimizer, _SocketBoard(commands, len(ports)),
+            finite=boot.check_finite,
+        )  # fmt: skip
         self._updates.keep = boot.keep_gradients
-        self._link = StepLink(tensors, ports, self._updates, boot.seed)
-        self._criterion = None if boot.loss_fn is None else Criterion(boot.loss_fn, boot.out_tree)
+        self._link = StepLink(tensors, ports, self._updates, boot.seed, boot.written)
+        self._criterion = (
+            None if boot.loss_fn is None else Criterion(boot.loss_fn, boot.out_tree, finite=boot.check_finite)
+        )
         self._link.criterion = self._criterion
-        self._step = execute(boot.module.source, boot.module.filename)["step"]
+        self._run = StepRun(boot.module, self._link, ports, boot.micro_batches)
         for fd in (*boot.arenas, boot.records, *(fds[0] for fds in boot.fds.values())):
             os.close(fd)
 
@@ -87,22 +93,24 @@ class StepDevice:
         try:
             return ("done", getattr(self, f"_do_{kind}")(*arguments))
         except Exception as error:
-            where = f" in step {self._link.number}" if kind == "step" else ""
             module = self._module
-            return ("error", str(step_error(error, module.filename, module.device, module.stages, where)))
+            return ("error", str(step_error(error, module.filename, module.device, module.stages)))
 
     def _do_step(
         self, done: int, number: int, update: bool, clip: float | None, targets: Any, weights: list[float]
-    ) -> list[tuple[float, str]]:
-        self._link.number, self._link.losses = number, []
+    ) -> Outcome:
+        self._link.number = number
         self._updates.begin(update, clip)
         if self._criterion is not None:
             self._criterion.targets = pickled.unpacked(targets)
             self._criterion.weights = weights
-        self._drive(self._step(self._link, done))
-        return [(loss.item(), str(loss.dtype).removeprefix("torch.")) for loss in self._link.losses]
+        outcome = self._drive(self._run.run(done))
+        return replace(outcome, losses=[(x.item(), str(x.dtype).removeprefix("torch.")) for x in outcome.losses])
 
-    def _drive(self, steps: Any) -> None:
+    def _do_roll_back(self) -> None:
+        self._link.roll_back()
+
+    def _drive(self, steps: Generator[Any, Any, Outcome]) -> Outcome:
         records = self._records
         count, log, capacity, resume = records.count, records.log, records.capacity, steps.send
         number = int(count[0])
@@ -114,11 +122,16 @@ class StepDevice:
                 log[at], log[at + 1], log[at + 3] = port.index, port.sample, 0.0
                 log[at + 2] = clock()
                 count[0] = number
-                value = port.take()
+                try:
+                    value = port.take()
+                except Exception as error:  # the run says what follows from it
+                    log[at + 3] = clock()
+                    port = steps.throw(error)
+                    continue
                 log[at + 3] = clock()
                 port = resume(value)
-        except StopIteration:
-            return
+        except StopIteration as end:
+            return end.value
 
     def _do_gradients(self) -> Any:
         return pickled.packed(self._updates.latest)
@@ -149,9 +162,11 @@ class _SocketBoard:
         return False
 
     def take(self) -> float:
-        """The sum over all devices, from the trainer."""
+        """The sum over all devices, from the trainer; it has none if one of them failed."""
         kind, total = pickled.receive(self._commands)
         assert kind == "norm"
+        if total is None:
+            raise SampleFailed(-1)
         return float(total)
 
 
