@@ -89,8 +89,8 @@ def compile(
     *,
     devices: int | Sequence[str] | Cluster = 2,
     mode: Literal["train"],
-    loss_fn: Callable[[Any, Any], Any],
-    optimizer: OptimizerFactory,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    optimizer: OptimizerFactory | None = None,
     schedule: ScheduleName = "auto",
     micro_batches: int = 4,
     reduction: Reduction = "auto",
@@ -99,6 +99,7 @@ def compile(
     memory_limit: int | None = None,
     seed: int = 0,
     keep_gradients: bool = False,
+    check_finite: bool = False,
     leaf: Sequence[str | type[nn.Module]] = (),
     ahead: int | None = None,
     executor: ExecutorName = "process",
@@ -186,7 +187,9 @@ def compile(
         training: for ``mode="train"`` only:
             ``loss_fn``: called as ``loss_fn(result, target)`` in the last stage; gives a scalar.
             ``optimizer``: called with a list of parameters, such as
-            ``functools.partial(torch.optim.SGD, lr=0.1)``; one is made for each stage.
+            ``functools.partial(torch.optim.SGD, lr=0.1)``; one is made for each stage. Without both
+            ``pipe(x)`` takes part in autograd, for a loss and an optimizer of the caller's (schedules
+            ``"gpipe"`` and ``"breadth_first"`` only).
             ``schedule``: ``"gpipe"``, ``"1f1b"``, ``"interleaved"``, ``"breadth_first"``, ``"zb_h1"``,
             ``"zb_v"``, or ``"auto"``, which measures the stages and simulates all of them.
             ``micro_batches``: into how many parts a batch is split along dimension 0. Where it does
@@ -197,6 +200,7 @@ def compile(
             ``clip_norm``: the largest norm of all gradients together.
             ``memory_limit``: bytes of activations a device may keep; ``"auto"`` chooses within it.
             ``seed``: of dropout masks. ``keep_gradients``: for ``pipe.gradients()``.
+            ``check_finite``: a step whose loss or gradients are NaN or infinite raises before the update.
 
     Raises:
         TraceError: if the model cannot be captured or its graph differs from eager.
@@ -274,12 +278,6 @@ def _check_options(mode: str, training: Mapping[str, Any]) -> None:
             raise TypeError(f"compile() has no option {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     if training and mode == "infer":
         raise InputError(f"{', '.join(sorted(training))}: only mode='train' takes that")
-    missing = [name for name in ("loss_fn", "optimizer") if mode == "train" and name not in training]
-    if missing:
-        raise InputError(
-            f"mode='train' needs {' and '.join(f'{name}=' for name in missing)}: for example "
-            "loss_fn=torch.nn.CrossEntropyLoss(), optimizer=functools.partial(torch.optim.SGD, lr=0.1)"
-        )
 
 
 def _import_aside(module: str) -> None:

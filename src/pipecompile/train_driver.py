@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from pipecompile.drop_in import FILL_AND_DRAIN
 from pipecompile.eager import eager_models
-from pipecompile.errors import InputError, PipecompileWarning
+from pipecompile.errors import InputError, PipecompileWarning, PlanError
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import TensorSpec
 from pipecompile.ir.measure import Measure
@@ -50,8 +51,8 @@ def compile_training(
     kwargs: dict[str, Any],
     cluster: Cluster,
     *,
-    loss_fn: Callable[[Any, Any], Any],
-    optimizer: OptimizerFactory,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    optimizer: OptimizerFactory | None = None,
     schedule: ScheduleName = "auto",
     micro_batches: int = 4,
     reduction: Reduction = "auto",
@@ -72,6 +73,8 @@ def compile_training(
     tell: Callable[[str, float], None] = lambda _phase, _fraction: None,
 ) -> TrainingPipeline:
     """See :func:`pipecompile.compile`; ``args`` and ``kwargs`` are one whole batch."""
+    drop_in = loss_fn is None
+    names = _schedules(schedule, drop_in, optimizer, clip_norm, check_finite or keep_gradients)
     leaves, tree = flatten((args, kwargs))
     batch, batched = batched_inputs(leaves)
     if not 1 <= micro_batches <= batch:
@@ -89,10 +92,9 @@ def compile_training(
     tell("partition", 0.6)
     loss = _Loss(loss_fn, traced.graph.out_tree, _part(example_targets, batch, micro_batches))
     planner = _Planner(
-        traced, gradients, first, loss, measure, replace(cluster, link=measured.link), micro_batches, ahead, time_limit,
-        profile_seconds,
+        traced, gradients, first, loss, measure, replace(cluster, link=measured.link), micro_batches,
+        LowerStep(ahead, drop_in), time_limit, profile_seconds,
     )  # fmt: skip
-    names = list(STEP_SCHEDULES) if schedule == "auto" else [schedule]
     names = [name for name in names if schedule != "auto" or STEP_SCHEDULES[name].chunks <= len(traced.graph.layers)]
     chosen = ChooseStep(memory_limit).apply([planner.candidate(name, profile) for name in names])
     plan, program, graph = chosen.plan, chosen.program, traced.graph
@@ -136,7 +138,7 @@ class _Planner:
     measure: Measure
     cluster: Cluster
     micro_batches: int
-    ahead: int
+    lower: LowerStep
     time_limit: float
     seconds: float
     _costs: dict[Any, tuple[StageCost, ...]] = field(default_factory=dict[Any, tuple[StageCost, ...]])
@@ -159,7 +161,7 @@ class _Planner:
         planner = PlanStep(name, self.time_limit)
         plan = planner.apply(graph, profile, self.cluster)
         order = planner.program(plan, self.micro_batches)
-        program = VerifyStep().apply(LowerStep(self.ahead).apply(graph, plan, order, self.gradients))
+        program = VerifyStep().apply(self.lower.apply(graph, plan, order, self.gradients))
         key = (tuple(stage.layers for stage in plan.stages), step_schedule(name).splits)
         if key not in self._costs:
             self._costs[key] = MeasureStep(self.seconds / 8).apply(
@@ -180,12 +182,12 @@ def stage_seconds(cost: StageCost) -> float:
 class _Loss:
     """The loss on flat results, to measure the last stage with: without targets, a sum that has gradients."""
 
-    loss_fn: Callable[[Any, Any], Any]
+    loss_fn: Callable[[Any, Any], Any] | None
     tree: Tree
     targets: Any
 
     def __call__(self, outputs: Sequence[Any]) -> torch.Tensor:
-        if self.targets is not None:
+        if self.targets is not None and self.loss_fn is not None:
             loss = self.loss_fn(unflatten(self.tree, list(outputs)), self.targets)
             if isinstance(loss, torch.Tensor) and loss.dim() == 0:
                 return loss
@@ -198,10 +200,31 @@ def _part(targets: Any, batch: int, parts: int) -> Any:
     return None if targets is None else split_targets(targets, batch, parts)[0]
 
 
-def _update_seconds(factory: OptimizerFactory, traced: Traced, names: Sequence[str]) -> float:
+def _schedules(
+    schedule: str, drop_in: bool, optimizer: OptimizerFactory | None, clip_norm: float | None, more: bool
+) -> list[str]:
+    """The schedules to try; refuses what does not go together."""
+    if drop_in != (optimizer is None):
+        raise InputError(
+            "loss_fn= and optimizer= go together: with both, train_step() trains; with neither, pipe(x) takes part in "
+            "autograd and the caller computes the loss and updates"
+        )
+    if not drop_in:
+        return list(STEP_SCHEDULES) if schedule == "auto" else [schedule]
+    if clip_norm is not None or more:
+        raise InputError("clip_norm=, check_finite= and keep_gradients= are for train_step(): give loss_fn= as well")
+    if schedule != "auto" and schedule not in FILL_AND_DRAIN:
+        raise PlanError(
+            f"schedule={schedule!r} needs the loss of a micro-batch before the next one's forward: without loss_fn= "
+            f"only {' and '.join(map(repr, FILL_AND_DRAIN))} can be used"
+        )
+    return list(FILL_AND_DRAIN) if schedule == "auto" else [schedule]
+
+
+def _update_seconds(factory: OptimizerFactory | None, traced: Traced, names: Sequence[str]) -> float:
     """Median seconds of an update of copies of these weights."""
     weights = [torch.nn.Parameter(traced.tensors[name].detach().clone()) for name in names]
-    if not weights:
+    if not weights or factory is None:
         return 0.0
     optimizer, times = factory(weights), list[float]()
     for weight in weights:

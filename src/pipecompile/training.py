@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pipecompile.arguments import Arguments
+from pipecompile.drop_in import DropIn
 from pipecompile.errors import InputError, NonFiniteError, PipelineClosed, StepError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.plan import Plan
@@ -23,6 +24,7 @@ from pipecompile.runtime.criterion import Criterion
 from pipecompile.runtime.inline_step import InlineTrainer, Trainer
 from pipecompile.runtime.not_finite import origin
 from pipecompile.runtime.process_step import ProcessTrainer
+from pipecompile.runtime.training import Training
 from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.simulate.step import simulate_step
 
@@ -44,8 +46,8 @@ class TrainingPipeline(nn.Module):
         step: StepPackage,
         tensors: Mapping[str, torch.Tensor],
         model: nn.Module,
-        loss_fn: Callable[[Any, Any], Any],
-        optimizer: OptimizerFactory,
+        loss_fn: Callable[[Any, Any], Any] | None,
+        optimizer: OptimizerFactory | None,
         *,
         reduction: Reduction = "auto",
         executor: ExecutorName = "process",
@@ -59,17 +61,16 @@ class TrainingPipeline(nn.Module):
     ) -> None:
         super().__init__()
         object.__setattr__(self, "_model", model)  # not a submodule: names stay the model's own
-        self._step, self._loss_fn, self._optimizer = step, loss_fn, optimizer
+        self._step, self._loss_fn = step, loss_fn
+        self._training = Training(loss_fn, optimizer, seed, keep_gradients, check_finite)
         batch_dims = [(i, 0) for i, cut in enumerate(step.batched) if cut and step.package.symbols]
         self._arguments = Arguments(step.package, batch_dims)
         self._reduction: Reduction = reduction
-        self._options: dict[str, Any] = {
-            "seed": seed, "keep_gradients": keep_gradients, "check_finite": check_finite,
-        }  # fmt: skip
         self._watching: dict[str, Any] = {"hang_seconds": hang_seconds, "throttle": throttle}
         self._clip, self._costs = clip_norm, costs
         self._executor = executor
         self._weights = _Weights(step, tensors, model)
+        self._drop_in = DropIn(step, tensors)
         self._trainer: Trainer | None = None
         self._steps = 0
         self._closed = ""
@@ -121,8 +122,13 @@ class TrainingPipeline(nn.Module):
                 (``check_finite=True``).
             WorkerDied: if the process of a device ends; the pipeline is closed then.
         """
+        if self._loss_fn is None:
+            raise InputError(
+                "compiled without loss_fn= and optimizer=, so pipe(x) takes part in autograd: compute the loss, call "
+                "backward() and step your optimizer; or compile with both to use train_step()"
+            )
         with self._lock:
-            leaves = self._split(inputs)
+            leaves = self._split(self._arguments.flat(inputs))
             sizes = [self._samples(row) for row in leaves]
             parts = split_targets(targets, sum(sizes), len(leaves))
             weights = loss_weights(self._loss_fn, parts, sizes, self._reduction)
@@ -152,13 +158,14 @@ class TrainingPipeline(nn.Module):
             names = [self._weights.fqn(name) for name in error.weights]
             stages = sorted({s for s, own in self._step.owned.items() for name in own if name in error.weights})
             return f"of {', '.join(names)} in stage {', '.join(map(str, stages))}" if names else "it overflowed"
+        assert self._loss_fn is not None
         criterion = Criterion(self._loss_fn, package.out_tree)
         criterion.targets, criterion.weights = request.targets, request.weights
-        return origin(self._step, self._weights.current(), criterion, request, error.micro_batch, self._options["seed"])
+        return origin(self._step, self._weights.current(), criterion, request, error.micro_batch, self._training.seed)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Gradients of the last update under the model's names (compiled with ``keep_gradients=True``)."""
-        if not self._options["keep_gradients"]:
+        if not self._training.keep_gradients:
             raise InputError("gradients are not kept: compile with keep_gradients=True")
         found = self._ready().gradients()
         return {self._weights.fqn(name): gradient for name, gradient in found.items()}
@@ -225,8 +232,26 @@ class TrainingPipeline(nn.Module):
         self.close()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model itself, in this process, in the mode it is in: for evaluation between steps."""
-        return self._model(*args, **kwargs)
+        """The model's result for a batch.
+
+        Compiled with a loss this is the model itself, in this process and in the mode it is in: for
+        evaluation between steps. Compiled without one, and in train mode with gradients enabled, the
+        batch goes through the pipeline, and the result is part of the autograd graph: its backward
+        adds to ``.grad`` of the parameters, for an optimizer of the caller's.
+
+        Raises:
+            InputError: if inputs do not match what was compiled, or want gradients themselves.
+            StepError: if a stage raises.
+        """
+        if self._loss_fn is not None or not self.training or not torch.is_grad_enabled():
+            return self._model(*args, **kwargs)
+        with self._lock:
+            whole = self._arguments.flat_call(args, kwargs)
+            rows = self._split(whole)
+            request = StepRequest(self._steps, rows, [None] * len(rows), [1.0] * len(rows))
+            result = self._drop_in.call(self._ready, request, whole, [self._samples(row) for row in rows])
+            self._steps += 1
+            return result
 
     def train(self, mode: bool = True) -> TrainingPipeline:
         """The model's own mode; ``train_step`` always trains."""
@@ -258,10 +283,9 @@ class TrainingPipeline(nn.Module):
             f"{name}, {len(self.plan.stages)} stages on {devices}, {self.program.schedule}, {self.micro_batches} parts"
         )
 
-    def _split(self, inputs: Any) -> list[list[Any]]:
+    def _split(self, leaves: list[Any]) -> list[list[Any]]:
         """Flat inputs per micro-batch, each checked as a call of what was compiled."""
         package, parts = self._step.package, self.micro_batches
-        leaves = self._arguments.flat(inputs)
         wanted = [spec.shape[0] if cut else None for spec, cut in zip(package.inputs, self._step.batched, strict=True)]
         sizes = {leaf.shape[0] for leaf, size in zip(leaves, wanted, strict=True) if size is not None and leaf.dim()}
         if len(sizes) != 1:
@@ -292,11 +316,9 @@ class TrainingPipeline(nn.Module):
         if self._trainer is None:
             tensors = self._weights.current()
             if self._executor == "inline":
-                self._trainer = InlineTrainer(self._step, tensors, self._loss_fn, self._optimizer, **self._options)
+                self._trainer = InlineTrainer(self._step, tensors, self._training)
             else:
-                self._trainer = ProcessTrainer(
-                    self._step, tensors, self._loss_fn, self._optimizer, **self._options, **self._watching
-                )
+                self._trainer = ProcessTrainer(self._step, tensors, self._training, **self._watching)
             self._weights.remember()
         elif self._weights.moved():
             raise InputError(

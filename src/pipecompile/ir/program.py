@@ -87,8 +87,9 @@ class Edge:
 
     ``values`` travel together; ``ahead`` is how many turns before the one that reads it a message
     is posted. In training, an edge to an earlier stage carries gradients: ``values`` names what
-    they are the gradients of. An edge of kind ``tied`` carries one message a step, the gradients
-    summed over all micro-batches of the weights named. Between stages of one device nothing
+    they are the gradients of; one of kind ``gradient`` brings them from the caller, for results that
+    went there. An edge of kind ``tied`` carries one message a step, the gradients summed over all
+    micro-batches of the weights named. Between stages of one device nothing
     travels, and the edge has no slots.
 
     Replicas of a stage are dealt samples in turn: sample ``n`` goes from replica ``n % a`` of ``a``
@@ -103,7 +104,7 @@ class Edge:
     specs: tuple[TensorSpec, ...]
     ahead: int
     slots: int
-    kind: Literal["", "tied"] = ""
+    kind: Literal["", "tied", "gradient"] = ""
     source_replica: int = 0
     source_replicas: int = 1
     target_replica: int = 0
@@ -152,7 +153,17 @@ class Edge:
     @property
     def backward(self) -> bool:
         """Whether it carries the gradients of each micro-batch."""
-        return not self.kind and HOST < self.target < self.source
+        return self.kind == "gradient" or (not self.kind and HOST < self.target < self.source)
+
+    @property
+    def forward(self) -> bool:
+        """Whether it carries the values of each micro-batch."""
+        return not self.kind and not self.backward
+
+    @property
+    def tied(self) -> bool:
+        """Whether it carries one message a step, gradients of tied weights."""
+        return self.kind == "tied"
 
     @property
     def nbytes(self) -> int:

@@ -86,7 +86,7 @@ class _StepWriter:
 
     def _step(self, step: Instruction) -> list[str]:
         edge = next((e for e in self.program.edges if e.name == step.edge), None)
-        message = "number" if edge is not None and edge.kind else f"base + {step.sample}"
+        message = "number" if edge is not None and edge.tied else f"base + {step.sample}"
         match step.op:
             case Op.RECV if edge is not None:
                 return [f"{_port(edge, receives=True)}.post({message})"]
@@ -109,7 +109,7 @@ class _StepWriter:
         return next(iter(self.writers.values())).name(value)
 
     def _sent(self, edge: Edge, value: str) -> str:
-        if edge.kind:
+        if edge.tied:
             return f'sums.take("{value}")'
         return f"d_{self._name(value)}" if edge.backward else self._name(value)
 
@@ -117,7 +117,7 @@ class _StepWriter:
         writer, i = self.writers[step.stage], step.sample
         lines = [f"# {step}"]
         for edge in self.program.edges:
-            if edge.target == step.stage and not edge.kind and not edge.backward:
+            if edge.target == step.stage and edge.forward:
                 names = tuple_of("", [writer.name(v) for v in edge.values])
                 lines.append(f"{names} = {self._taken(edge, i)}")
         arguments = [f"link.draw({i})", *([f"link.loss({i})"] if writer.last else []), f"state[{step.stage}]"]
@@ -126,7 +126,7 @@ class _StepWriter:
         trains = any(s.stage == step.stage and s.op in _BACKWARD for s in self.device.warm_up)
         lines.append(f"{made}, {f'kept[{step.stage}, {i}]' if trains else '_'} = {call}")
         for edge in self.program.edges:
-            if edge.source == step.stage and not edge.slots and not edge.kind and not edge.backward:
+            if edge.source == step.stage and not edge.slots and edge.forward:
                 values = tuple_of("", [f"held({writer.name(v)})" for v in edge.values])
                 lines.append(f"passed[{edge.source}, {edge.target}, {i}] = {values}")
         return lines

@@ -27,25 +27,31 @@ class LowerStep:
     A ring slot is the stash: what a stage receives lies there until its weight gradients are
     done, and the slot is posted again at that moment. A ring has ``ahead`` more slots than there
     are messages at once, so that the next ones arrive while the receiver computes.
+
+    The model's outputs go to the last stage, which computes the loss; or, with ``to_caller``,
+    from where they are made to the caller, who sends their gradients back once all have come.
     """
 
     ahead: int = 1
+    to_caller: bool = False
 
     def apply(self, graph: ModelGraph, plan: Plan, program: Program, gradients: Gradients) -> Program:
         """The program with activations, gradients and tied weights as edges; each device ends in STEPs.
 
-        The model's outputs go to the last stage, which computes the loss. Values that
-        have gradients send them back along every edge that carries them. A stage that needs no
+        Values that have gradients send them back along every edge that carries them. A stage that needs no
         backward has its B and W removed.
 
         Raises:
             ProgramError: as :func:`pipecompile.passes.lower.crossings`.
         """
-        forward = self._forward(graph, plan)
+        forward = self._to_caller(graph, plan) if self.to_caller else self._forward(graph, plan)
         users = weight_users(graph, plan, gradients.weights)
         learns = _learning(users, forward, gradients.values)
         backward = [
-            Edge(e.target, e.source, values, tuple(_gradient(graph.values[v]) for v in values), 0, 0)
+            Edge(
+                e.target, e.source, values, tuple(_gradient(graph.values[v]) for v in values), 0, 0,
+                "gradient" if e.target == HOST else "",
+            )
             for e in forward
             if e.source != HOST and (values := tuple(v for v in e.values if v in gradients.values))
         ]
@@ -67,12 +73,10 @@ class LowerStep:
         for ref in graph.outputs:
             if ref.kind == "input":
                 found[HOST, last][ref.name] = None
-        edges = [
-            Edge(source, target, tuple(values), tuple(graph.values[v] for v in values), 0, 0)
-            for (source, target), values in found.items()
-            if values
-        ]
-        return sorted(edges, key=lambda edge: (edge.source, edge.target))
+        return _edges(graph, found)
+
+    def _to_caller(self, graph: ModelGraph, plan: Plan) -> list[Edge]:
+        return _edges(graph, crossings(graph, plan))
 
     def _sized(self, edge: Edge, program: Program, device_of: dict[int, int], ends: dict[Instruction, float]) -> Edge:
         """With enough slots that no sender waits when all work takes unit time; none within a device.
@@ -80,6 +84,11 @@ class LowerStep:
         That schedule can then be carried out, so the program cannot deadlock at any other speed:
         what a device waits for does not depend on time.
         """
+        if edge.target == HOST:  # the caller has room for everything, and sends gradients when there is
+            return replace(edge, ahead=program.micro_batches - 1, slots=program.micro_batches)
+        if edge.kind == "gradient":
+            ahead = min(self.ahead, program.micro_batches - 1)
+            return replace(edge, ahead=ahead, slots=ahead + 1)
         if device_of.get(edge.source) == device_of[edge.target]:
             return edge
         changes: list[tuple[float, int]] = []
@@ -111,12 +120,21 @@ class LowerStep:
             steps.append(step)
             steps += [Instruction(Op.SEND, e.source, step.sample, e.name) for e in _sends(out, step)]
             if step.op in _LAST or step.stage not in learns:
-                again = ((e, step.sample + e.slots) for e in into if e.target == step.stage and not e.kind)
+                again = ((e, step.sample + e.slots) for e in into if e.target == step.stage and not e.tied)
                 steps += [Instruction(Op.RECV, e.target, i, e.name) for e, i in again if i < count]
-        steps += [Instruction(Op.SEND, e.source, 0, e.name) for e in out if e.kind]
-        steps += [Instruction(Op.REDUCE, e.target, 0, e.name) for e in into if e.kind]
+        steps += [Instruction(Op.SEND, e.source, 0, e.name) for e in out if e.tied]
+        steps += [Instruction(Op.REDUCE, e.target, 0, e.name) for e in into if e.tied]
         steps += [Instruction(Op.STEP, stage, 0) for stage in device.stages if owned.get(stage)]
         return DeviceProgram(device.device, device.stages, tuple(steps), ())
+
+
+def _edges(graph: ModelGraph, found: Mapping[tuple[int, int], Iterable[str]]) -> list[Edge]:
+    edges = [
+        Edge(source, target, tuple(values), tuple(graph.values[v] for v in values), 0, 0)
+        for (source, target), values in found.items()
+        if values
+    ]
+    return sorted(edges, key=lambda edge: (edge.source, edge.target))
 
 
 def weight_users(graph: ModelGraph, plan: Plan, trained: Collection[str]) -> dict[str, list[int]]:
@@ -159,9 +177,9 @@ def _sends(out: Sequence[Edge], step: Instruction) -> list[Edge]:
     """What follows a computation, the neighbour first."""
     kinds = {Op.FORWARD: False, Op.BACKWARD: True, Op.BACKWARD_INPUT: True}
     found = [
-        e for e in out if e.source == step.stage and not e.kind and step.op in kinds and e.backward is kinds[step.op]
+        e for e in out if e.source == step.stage and not e.tied and step.op in kinds and e.backward is kinds[step.op]
     ]
-    return sorted(found, key=lambda e: abs(e.target - e.source))
+    return sorted(found, key=lambda e: (e.target == HOST, abs(e.target - e.source)))
 
 
 def _tied(weights: Mapping[str, TensorSpec], users: dict[str, list[int]], device_of: dict[int, int]) -> list[Edge]:

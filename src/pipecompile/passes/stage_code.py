@@ -17,7 +17,7 @@ from torch import fx
 
 from pipecompile.ir.graph import Layer, ModelGraph
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import DeviceProgram, Op, Program
+from pipecompile.ir.program import HOST, DeviceProgram, Op, Program
 from pipecompile.ir.training import Gradients
 from pipecompile.passes.codegen import define, indent, stage_state, title, tuple_of
 from pipecompile.passes.emit import HEADER, Emitter, local
@@ -96,9 +96,10 @@ class StageWriter:
 
     def __post_init__(self) -> None:
         graph, edges = self.emit.model, self.program.edges
-        forward = [e for e in edges if not e.kind and not e.backward]
+        forward = [e for e in edges if e.forward]
         own = {v for i in self.plan.stages[self.stage].layers for v in graph.layers[i].makes}
-        self.last = self.stage == len(self.plan.stages) - 1
+        final = self.stage == len(self.plan.stages) - 1
+        self.last = final and not any(e.target == HOST for e in edges)  # else the caller computes the loss
         self.reads = list(dict.fromkeys(v for e in forward if e.target == self.stage for v in e.values))
         makes = [v for e in forward if e.source == self.stage for v in e.values]
         if self.last:

@@ -51,7 +51,7 @@ def _structure(program: Program) -> None:
         edges[edge.name] = edge
         within = owner.get(edge.source) == owner.get(edge.target)
         for stage in (edge.source, edge.target):
-            if stage not in owner and (stage != HOST or edge.target == HOST):
+            if stage not in owner and stage != HOST:
                 raise ProgramError(f"edge {edge.name} ends at stage {stage}, which is on no device")
         if within != (edge.slots == 0):
             raise ProgramError(f"edge {edge.name} has {edge.slots} slots: none within a device, else at least one")
@@ -77,7 +77,7 @@ def _place(step: Instruction, device: DeviceProgram, edges: dict[str, Edge]) -> 
         raise ProgramError(f"{where}: stage {step.stage} is at the other end of edge {edge.name}")
     if edge.slots == 0:
         raise ProgramError(f"{where}: nothing travels on edge {edge.name}, whose ends are on one device")
-    if step.op is Op.REDUCE and edge.kind != "tied":
+    if step.op is Op.REDUCE and not edge.tied:
         raise ProgramError(f"{where}: edge {edge.name} carries no gradients of tied weights")
 
 
@@ -133,8 +133,14 @@ class _Machine:
         self._complete()
 
     def _submit(self) -> bool:
+        """What the caller does: hand over inputs, take every result, and only then send gradients of them."""
         moved = False
+        results = [ring for ring in self.rings.values() if ring.edge.target == HOST]
+        for ring in results:
+            ring.posted = self.count
         for ring in self.rings.values():
+            if ring.edge.kind == "gradient" and any(result.sent < self.count for result in results):
+                continue
             if ring.edge.source == HOST and ring.sent < min(ring.posted, self.count):
                 ring.sent = min(ring.posted, self.count)
                 moved = True
@@ -187,12 +193,12 @@ class _Machine:
     def _incoming(self, stage: int, backward: bool) -> list[_Ring]:
         return [
             r for r in self.rings.values()
-            if r.edge.target == stage and not r.edge.kind and r.edge.backward == backward
+            if r.edge.target == stage and not r.edge.tied and r.edge.backward == backward
         ]  # fmt: skip
 
     def _made(self, edge: Edge) -> int:
         """How many messages the source of an edge has computed."""
-        if edge.kind:
+        if edge.tied:
             return int(all(stage.weight == self.count for stage in self._users(edge)))
         source = self.stages[edge.source]
         return source.backward if edge.backward else source.forward
@@ -219,7 +225,7 @@ class _Machine:
             raise ProgramError(f"{where} sends a message when {ring.sent} is due; each is sent once, in order")
         if self._made(ring.edge) <= step.sample:
             raise ProgramError(f"{where} comes before what it sends is computed")
-        if not ring.edge.kind and self._made(ring.edge) > step.sample + 1:
+        if not ring.edge.tied and self._made(ring.edge) > step.sample + 1:
             raise ProgramError(f"{where} comes after the next micro-batch is computed; its values are gone")
         if ring.posted <= step.sample:
             return f"{where} waits for a posted slot"
@@ -247,7 +253,7 @@ class _Machine:
                 raise ProgramError(f"{where} comes before the weight gradients of stage {other} are complete")
         for ring in self.rings.values():
             name = ring.edge.name
-            if ring.edge.kind and ring.edge.target == step.stage and name not in stage.reduced:
+            if ring.edge.tied and ring.edge.target == step.stage and name not in stage.reduced:
                 raise ProgramError(f"{where} comes before the gradients on edge {name} are added")
         stage.stepped = True
         return ""
@@ -262,7 +268,7 @@ class _Machine:
             if stage.trains and stage.weight < self.count:
                 raise ProgramError(f"{where} never computes the weight gradients of micro-batch {stage.weight}")
         for ring in self.rings.values():
-            wanted = 1 if ring.edge.kind else self.count
+            wanted = 1 if ring.edge.tied else self.count
             if ring.edge.slots and ring.sent < wanted:
                 raise ProgramError(f"edge {ring.edge.name}: message {ring.sent} is never sent")
 

@@ -105,7 +105,7 @@ def _where(error: _Stopped, filename: str, stages: Sequence[int]) -> str:
 
 def _ends(program: Program, stage: int) -> tuple[list[str], list[str]]:
     """The values a stage reads and makes, in the order of its functions."""
-    forward = [edge for edge in program.edges if not edge.kind and not edge.backward]
+    forward = [edge for edge in program.edges if edge.forward]
     reads = dict.fromkeys(v for edge in forward if edge.target == stage for v in edge.values)
     makes = dict.fromkeys(v for edge in forward if edge.source == stage for v in edge.values)
     return list(reads), list(makes)

@@ -29,7 +29,8 @@ class Outcome:
 
     ``error`` is what it raised; a device that only stopped because another did is ``abandoned``.
     ``updated`` says that weights may have been changed. ``not_finite`` is the micro-batch whose
-    loss is NaN or infinite, or -1 where ``weights`` have such gradients; None otherwise.
+    loss is NaN or infinite, or -1 where ``weights`` have such gradients; None otherwise. ``given``
+    names the weights whose gradients were handed over to the caller.
     """
 
     losses: list[Any] = field(default_factory=list[Any])
@@ -37,6 +38,7 @@ class Outcome:
     abandoned: bool = False
     updated: bool = False
     not_finite: int | None = None
+    given: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
 
     @property
@@ -68,7 +70,9 @@ class StepRun:
         except SampleFailed:
             outcome = Outcome(abandoned=True, updated=link.updated)
         except NotFinite as error:
-            outcome = Outcome([], str(error), False, link.updated, error.micro_batch, error.weights)
+            outcome = Outcome(
+                error=str(error), updated=link.updated, not_finite=error.micro_batch, weights=error.weights
+            )
         except Exception as error:
             text = step_error(
                 error, self._module.filename, self._module.device, self._module.stages, f" in step {link.number}"

@@ -96,13 +96,14 @@ class DeviceUpdates:
         board: Board,
         *,
         finite: bool = False,
+        keep: bool = False,
     ) -> None:
         self._device, self._tensors, self._board, self._finite = device, tensors, board, finite
         self.updated = False
         self.owned = {stage: tuple(names) for stage, names in owned.items() if names}
         self.optimizers = {stage: factory([tensors[name] for name in names]) for stage, names in self.owned.items()}
         self.apply, self.clip, self.scale = True, None, 1.0
-        self.keep, self.latest = False, dict[str, torch.Tensor]()
+        self._keep, self.latest = keep, dict[str, torch.Tensor]()
 
     def begin(self, apply: bool, clip: float | None) -> None:
         """Say what the step under way wants."""
@@ -136,7 +137,7 @@ class DeviceUpdates:
             if gradient is not None and self.scale != 1.0:
                 gradient = gradient * self.scale
             self._tensors[name].grad = gradient
-            if self.keep and gradient is not None:
+            if self._keep and gradient is not None:
                 self.latest[name] = gradient
         self.optimizers[stage].step()
         for name in names:
@@ -173,6 +174,35 @@ class DeviceUpdates:
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group.update(settings)
+
+
+class Handover:
+    """Implements :class:`pipecompile.runtime.step.Updates` where the caller has the optimizer.
+
+    Gradients are copied to ``places`` (memory shared with the caller) where there are such.
+    """
+
+    def __init__(self, owned: Mapping[int, Sequence[str]], places: Mapping[str, torch.Tensor] | None = None) -> None:
+        self._owned, self._places = owned, places
+        self.updated = False
+        self.latest: dict[str, torch.Tensor] = {}
+
+    def begin(self) -> None:
+        """Forget the gradients of the step before."""
+        self.latest = {}
+
+    def norm(self, sums: Sums) -> Port:
+        """See ``Updates``: the caller may clip."""
+        return _Ready()
+
+    def update(self, stage: int, sums: Sums) -> None:
+        """See ``Updates``: hand over; a weight that nothing depended on has no gradient."""
+        for name in self._owned[stage]:
+            gradient = sums.values.pop(name, None)
+            if gradient is not None and self._places is not None:
+                gradient = self._places[name].copy_(gradient.to_dense())
+            if gradient is not None:
+                self.latest[name] = gradient
 
 
 class LocalBoard:
@@ -212,4 +242,4 @@ class LocalBoard:
         return sum(self._given[device] for device in sorted(self._given))
 
 
-__all__ = ["Board", "DeviceUpdates", "LocalBoard", "OptimizerFactory"]
+__all__ = ["Board", "DeviceUpdates", "Handover", "LocalBoard", "OptimizerFactory"]
