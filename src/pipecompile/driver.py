@@ -43,7 +43,7 @@ from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.simulate import simulate
 from pipecompile.streams.engine import ExecutorName, OnFailure
 from pipecompile.streams.entrance import Overload
-from pipecompile.train_driver import ScheduleName, compile_training
+from pipecompile.train_driver import RecomputeName, ScheduleName, compile_training
 from pipecompile.training import TrainingPipeline
 
 #: Called with the name of the phase that begins and the fraction of the work done, 0.0 to 1.0.
@@ -97,6 +97,7 @@ def compile(
     example_targets: Any = None,
     clip_norm: float | None = None,
     memory_limit: int | None = None,
+    recompute: RecomputeName = "none",
     seed: int = 0,
     keep_gradients: bool = False,
     check_finite: bool = False,
@@ -198,7 +199,9 @@ def compile(
             or a function of a target that counts what its mean is over.
             ``example_targets``: targets of the example batch, to measure the last stage with.
             ``clip_norm``: the largest norm of all gradients together.
-            ``memory_limit``: bytes of activations a device may keep; ``"auto"`` chooses within it.
+            ``memory_limit``: bytes of activations a device may keep; ``schedule="auto"`` chooses within it.
+            ``recompute``: ``"none"``; ``"stage"``: stages keep what they receive and compute the rest
+            again for the backward; ``"auto"``: as few of them as ``memory_limit`` asks for.
             ``seed``: of dropout masks. ``keep_gradients``: for ``pipe.gradients()``.
             ``check_finite``: a step whose loss or gradients are NaN or infinite raises before the update.
 

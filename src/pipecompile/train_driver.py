@@ -30,6 +30,7 @@ from pipecompile.passes.lower_step import LowerStep, owners, weight_users
 from pipecompile.passes.measure_step import MeasureStep
 from pipecompile.passes.plan_step import PlanStep, step_schedule, training_profile
 from pipecompile.passes.profile import ProfileLayers
+from pipecompile.passes.recompute import Recompute
 from pipecompile.passes.trace import Traced
 from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_step import VerifyStep
@@ -39,6 +40,7 @@ from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.schedules.training import STEP_SCHEDULES
 from pipecompile.training import ExecutorName, TrainingPipeline
 
+RecomputeName = Literal["none", "stage", "auto"]
 ScheduleName = Literal["auto", "gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zb_v"]
 
 #: How far the slowest stage may be from its prediction before the model is cut again.
@@ -61,6 +63,7 @@ def compile_training(
     seed: int = 0,
     clip_norm: float | None = None,
     memory_limit: int | None = None,
+    recompute: RecomputeName = "none",
     example_targets: Any = None,
     keep_gradients: bool = False,
     check_finite: bool = False,
@@ -88,12 +91,12 @@ def compile_training(
     tell("profile", 0.3)
     measure = CpuMeasure()
     measured = ProfileLayers(profile_seconds).apply(traced.graph, traced.module, traced.tensors, first, measure)
-    profile = training_profile(traced.graph, measured, gradients)
+    profile = training_profile(traced.graph, measured, gradients, again=recompute == "stage")
     tell("partition", 0.6)
     loss = _Loss(loss_fn, traced.graph.out_tree, _part(example_targets, batch, micro_batches))
     planner = _Planner(
         traced, gradients, first, loss, measure, replace(cluster, link=measured.link), micro_batches,
-        LowerStep(ahead, drop_in), time_limit, profile_seconds,
+        LowerStep(ahead, drop_in), Recompute(recompute, memory_limit), time_limit, profile_seconds,
     )  # fmt: skip
     names = [name for name in names if schedule != "auto" or STEP_SCHEDULES[name].chunks <= len(traced.graph.layers)]
     chosen = ChooseStep(memory_limit).apply([planner.candidate(name, profile) for name in names])
@@ -139,6 +142,7 @@ class _Planner:
     cluster: Cluster
     micro_batches: int
     lower: LowerStep
+    recompute: Recompute
     time_limit: float
     seconds: float
     _costs: dict[Any, tuple[StageCost, ...]] = field(default_factory=dict[Any, tuple[StageCost, ...]])
@@ -146,7 +150,7 @@ class _Planner:
     def candidate(self, name: str, profile: Profile) -> Candidate:
         """Cut, measure the stages, and cut again once if the slowest was predicted badly."""
         first = self._attempt(name, profile)
-        totals = [stage_seconds(cost) for cost in first.costs]
+        totals = first.stage_seconds
         predicted = [max(stage.seconds, 1e-9) for stage in first.plan.stages]
         scale = sum(totals) / sum(predicted)
         off = [total / (guess * scale) for total, guess in zip(totals, predicted, strict=True)]
@@ -169,13 +173,12 @@ class _Planner:
                 self.measure,
             )  # fmt: skip
         costs = self._costs[key]
-        stages = tuple(replace(s, measured=stage_seconds(cost)) for s, cost in zip(plan.stages, costs, strict=True))
-        return Candidate(name, replace(plan, stages=stages), program, costs)
-
-
-def stage_seconds(cost: StageCost) -> float:
-    """What a stage computes for one micro-batch, forward and backward."""
-    return cost.forward + (cost.backward_input + cost.backward_weight or cost.backward)
+        again = self.recompute.apply(order, costs, None if self.lower.to_caller else len(plan.stages) - 1)
+        if again is not order:
+            program = VerifyStep().apply(self.lower.apply(graph, plan, again, self.gradients))
+        found = Candidate(name, plan, program, costs)
+        stages = tuple(replace(s, measured=t) for s, t in zip(plan.stages, found.stage_seconds, strict=True))
+        return replace(found, plan=replace(plan, stages=stages))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ posts the receive of message 4 on edge ``0>1``; ``0SEND3@0>1`` stage 0 sends mes
 
 A training step is a closed program whose samples are micro-batches: ``0B3`` stage 0 computes the
 gradients of its inputs for micro-batch 3, ``0W3`` those of its weights, ``0BW3`` both at once;
-``0REDUCE0@2>0:tied`` adds what stage 2 gives to the gradient of a weight both use; ``0STEP0``
-updates the weights of stage 0.
+``0R3`` its forward once more, so that it need not keep activations; ``0REDUCE0@2>0:tied`` adds what
+stage 2 gives to the gradient of a weight both use; ``0STEP0`` updates the weights of stage 0.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ class Op(StrEnum):
     BACKWARD_INPUT = "B"
     BACKWARD_WEIGHT = "W"
     BACKWARD = "BW"
+    RECOMPUTE = "R"
     REDUCE = "REDUCE"
     STEP = "STEP"
 
 
 #: What a device computes with one micro-batch, in contrast to messages and updates.
-COMPUTE = frozenset({Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT, Op.BACKWARD})
+COMPUTE = frozenset({Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT, Op.BACKWARD, Op.RECOMPUTE})
 
 _OPS = "|".join(sorted(Op, key=len, reverse=True))
 

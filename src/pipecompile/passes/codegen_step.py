@@ -102,6 +102,9 @@ class _StepWriter:
                 return [f"link.update({step.stage})  # {step}"]
             case Op.FORWARD:
                 return self._forward(step)
+            case Op.RECOMPUTE:
+                key = f"{step.stage}, {step.sample}"
+                return [f"kept[{key}] = again_{step.stage}(kept[{key}], state[{step.stage}])  # {step}"]
             case _:
                 return self._backward(step)
 

@@ -27,8 +27,11 @@ from pipecompile.passes.operators import draws, heavy_weights
 #: What generated training modules begin with.
 IMPORTS = (
     HEADER
-    + "edge_of = torch.autograd.graph.get_gradient_edge\n"
     + "grad = torch.autograd.grad\n\n\n"
+    + "def edge_of(value):\n"
+    + '    """Where the gradient of a value arrives; None in a forward that records none."""\n'
+    + "    return torch.autograd.graph.get_gradient_edge(value) if torch.is_grad_enabled() else None\n"
+    + "\n\n"
     + "def filled(gradient, value):\n"
     + '    """The gradient of a value, zero where nothing depends on it."""\n'
     + "    return torch.zeros_like(value) if gradient is None else gradient\n"
@@ -93,6 +96,7 @@ class StageWriter:
     trained: list[str] = field(init=False)
     late: dict[fx.Node, list[str]] = field(init=False)
     last: bool = field(init=False)
+    written: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         graph, edges = self.emit.model, self.program.edges
@@ -115,6 +119,8 @@ class StageWriter:
         self.trained = [name for name in self.state if name in self.gradients.weights]
         ops = {step.op for step in self.device.warm_up if step.stage == self.stage}
         self.late = self._late_weights() if Op.BACKWARD_WEIGHT in ops else {}
+        written = {entry.name for entry in graph.state if entry.mutated}
+        self.written = [i for i, name in enumerate(self.state) if name in written]
         self._ops = ops
 
     @property
@@ -139,7 +145,11 @@ class StageWriter:
 
     def source(self) -> str:
         """All functions of the stage."""
-        parts = [self._stage(), self._forward()]
+        parts = [self._stage()]
+        if Op.RECOMPUTE in self._ops:
+            parts += [self._forward("record"), self._first_forward(), self._second_forward()]
+        else:
+            parts.append(self._forward("forward"))
         if Op.BACKWARD in self._ops:
             parts.append(self._backward())
         if Op.BACKWARD_INPUT in self._ops:
@@ -157,7 +167,25 @@ class StageWriter:
         doc = f'"""{title(None, self._layers)}. Returns results, and edges to the large weights."""'
         return define(f"stage_{self.stage}", parameters, self.width) + indent([doc, *lines])
 
-    def _forward(self) -> str:
+    def _first_forward(self) -> str:
+        """Where a stage is recomputed: no gradients are recorded."""
+        reads = [self.name(v) for v in self.reads]
+        before = tuple_of("", [f"state[{i}].clone()" for i in self.written])
+        lines = ['"""One micro-batch: what to send on. Only what came in is kept, and buffers as they are."""']
+        lines += [f"kept = draw, {before}, {tuple_of('', reads)}"]
+        lines += [f"made, _ = stage_{self.stage}({', '.join(['draw', '*state', *reads])})", "return made, kept"]
+        return define(f"forward_{self.stage}", ["draw", "state", *reads], self.width) + indent(lines)
+
+    def _second_forward(self) -> str:
+        lines = ['"""The forward once more, for the backward; buffers change in copies."""']
+        lines += ["draw, before, reads = kept"]
+        if self.written:
+            copies = {index: f"before[{i}]" for i, index in enumerate(self.written)}
+            lines.append(f"state = {tuple_of('', [copies.get(i, f'state[{i}]') for i in range(len(self.state))])}")
+        lines.append(f"return record_{self.stage}(draw, state, *reads)[1]")
+        return define(f"again_{self.stage}", ["kept", "state"], self.width) + indent(lines)
+
+    def _forward(self, function: str) -> str:
         reads, makes = [self.name(v) for v in self.reads], [self.name(v) for v in self.makes]
         lines = ['"""One micro-batch: what to send on, and what to keep for the backward."""']
         lines += [f"{self.name(v)} = {self.name(v)}.detach().requires_grad_()" for v in self.leaves]
@@ -175,7 +203,7 @@ class StageWriter:
         leaves = tuple_of("", [self.name(v) for v in self.leaves])
         lines.append(f"return {'()' if self.last else 'made'}, ({leaves}, {tuple_of('', results)}, edges)")
         parameters = ["draw", *(["loss_of"] if self.last else []), "state", *reads]
-        return define(f"forward_{self.stage}", parameters, self.width) + indent(lines)
+        return define(f"{function}_{self.stage}", parameters, self.width) + indent(lines)
 
     @property
     def arrivals(self) -> list[str]:

@@ -98,6 +98,8 @@ class _Stage:
     forward: int = 0
     backward: int = 0
     weight: int = 0
+    again: int = 0
+    recomputes: bool = False
     reduced: set[str] = field(default_factory=set[str])
     stepped: bool = False
 
@@ -108,7 +110,10 @@ class _Machine:
     def __init__(self, program: Program) -> None:
         self.program, self.count = program, program.micro_batches
         backward = {s.stage for d in program.devices for s in d.warm_up if s.op in (*_BACKWARD, *_WEIGHT)}
-        self.stages = {s: _Stage(d.device, s in backward) for d in program.devices for s in d.stages}
+        again = {s.stage for d in program.devices for s in d.warm_up if s.op is Op.RECOMPUTE}
+        self.stages = {
+            s: _Stage(d.device, s in backward, recomputes=s in again) for d in program.devices for s in d.stages
+        }
         self.rings = {edge.name: _Ring(edge) for edge in program.edges or chain_edges(program)}
 
     def run(self) -> None:
@@ -168,14 +173,20 @@ class _Machine:
             ((Op.FORWARD,), stage.forward, "forward"),
             (_BACKWARD, stage.backward, "backward"),
             (_WEIGHT, stage.weight, "weight gradients"),
+            ((Op.RECOMPUTE,), stage.again, "second forward"),
         ):
             if step.op in ops and i != done:
                 raise ProgramError(f"{where} comes when the {kind} of micro-batch {done} is due")
+        if step.op is Op.RECOMPUTE and (stage.forward <= i or stage.backward != i):
+            raise ProgramError(f"{where} comes before the first forward, or not right before its backward")
+        if step.op in _BACKWARD and stage.recomputes and stage.again <= i:
+            raise ProgramError(f"{where} comes before the second forward of micro-batch {i}")
         if step.op in _BACKWARD and stage.forward <= i:
             raise ProgramError(f"{where} comes before the forward of micro-batch {i}")
         if step.op is Op.BACKWARD_WEIGHT and stage.backward <= i:
             raise ProgramError(f"{where} comes before the input gradients of micro-batch {i}")
-        reads = [] if step.op is Op.BACKWARD_WEIGHT else self._incoming(step.stage, step.op is not Op.FORWARD)
+        waits = step.op not in (Op.BACKWARD_WEIGHT, Op.RECOMPUTE)
+        reads = self._incoming(step.stage, step.op is not Op.FORWARD) if waits else []
         for ring in reads:
             if ring.edge.slots and ring.posted <= i:
                 raise ProgramError(f"{where} uses message {i} of edge {ring.edge.name}, never posted")
@@ -185,6 +196,7 @@ class _Machine:
         stage.forward += step.op is Op.FORWARD
         stage.backward += step.op in _BACKWARD
         stage.weight += step.op in _WEIGHT
+        stage.again += step.op is Op.RECOMPUTE
         if step.op in _WEIGHT or not stage.trains:
             for ring in self._incoming(step.stage, True) + self._incoming(step.stage, False):
                 ring.released = i + 1

@@ -15,7 +15,7 @@ from pipecompile.errors import StepError
 from pipecompile.ir.link import Port
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender
 
-_STAGE = re.compile(r"(?:stage|forward|backward|backward_input|backward_weight)_(\d+)")
+_STAGE = re.compile(r"(?:stage|forward|record|again|backward|backward_input|backward_weight)_(\d+)")
 _MASK = (1 << 64) - 1
 
 
