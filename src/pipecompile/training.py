@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from pipecompile.arguments import Arguments
+from pipecompile.checkpoint import Checkpoint
 from pipecompile.drop_in import DropIn
 from pipecompile.errors import InputError, NonFiniteError, PipelineClosed, StepError
 from pipecompile.ir.cluster import Link
@@ -72,7 +74,7 @@ class TrainingPipeline(nn.Module):
         self._weights = _Weights(step, tensors, model)
         self._drop_in = DropIn(step, tensors)
         self._trainer: Trainer | None = None
-        self._steps = 0
+        self._steps, self._accumulated = 0, False
         self._closed = ""
         self._lock = threading.RLock()
 
@@ -149,6 +151,7 @@ class TrainingPipeline(nn.Module):
                     ) from None
                 raise
             self._steps += 1
+            self._accumulated = not update
             return torch.stack(losses).sum()
 
     def _origin(self, error: NonFiniteError, request: StepRequest) -> str:
@@ -210,6 +213,59 @@ class TrainingPipeline(nn.Module):
         """Go on where :meth:`training_state_dict` was taken: random masks follow the number of steps."""
         self.load_optimizer_state_dict(state_dict["optimizer"])
         self._steps = int(state_dict["steps"])
+
+    def save_checkpoint(
+        self, path: str | os.PathLike[str], *, optimizer: torch.optim.Optimizer | None = None, extra: Any = None
+    ) -> None:
+        """Save weights, buffers, the optimizers' state and the number of steps to one file, whole or not at all.
+
+        A crash while saving leaves the old file as it was. :meth:`load_checkpoint` goes on bit for bit.
+
+        Args:
+            path: a safetensors file; replaced if it exists.
+            optimizer: the caller's own, where the pipeline has none (compiled without a loss).
+            extra: JSON data to keep with it, such as an epoch or a scheduler's ``state_dict()``.
+
+        Raises:
+            InputError: while gradients of ``update=False`` steps wait for their update, which a
+                checkpoint does not hold; or if something is not JSON.
+        """
+        with self._lock:
+            if self._accumulated:
+                raise InputError(
+                    "gradients of train_step(update=False) wait for their update, and a checkpoint does not hold "
+                    "them: save after a step that updates"
+                )
+            own = self._training.optimizer is not None
+            if own == (optimizer is not None):
+                raise InputError(
+                    "optimizer= is for a pipeline compiled without a loss: this one has its own"
+                    if own
+                    else "this pipeline has no optimizer: give yours as optimizer="
+                )
+            state = self.optimizer_state_dict() if optimizer is None else optimizer.state_dict()
+            Checkpoint(self._model.state_dict(), state, self._steps, extra).save(path)
+
+    def load_checkpoint(self, path: str | os.PathLike[str], *, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Go on from :meth:`save_checkpoint`, on any number of devices and under any schedule.
+
+        Returns:
+            What was given as ``extra``.
+
+        Raises:
+            ArtefactError: if the file is not a whole checkpoint.
+            InputError: if it is of another model; nothing is changed then.
+        """
+        with self._lock:
+            found = Checkpoint.load(path)
+            found.fits(self._model.state_dict(), path)
+            self._model.load_state_dict(found.model)
+            if found.optimizer is not None and optimizer is not None:
+                optimizer.load_state_dict(dict(found.optimizer))
+            elif found.optimizer is not None:
+                self.load_optimizer_state_dict(found.optimizer)
+            self._steps = found.steps
+            return found.extra
 
     def set_optimizer(self, **settings: Any) -> None:
         """Change settings of the optimizers from the next step on: ``pipe.set_optimizer(lr=0.01)``."""
