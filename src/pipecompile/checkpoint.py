@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,14 +62,16 @@ class Checkpoint:
             "extra": _plain(self.extra, "extra"),
         }
         own = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-        beside = target.with_name(f".{target.name}.part")  # always the same, so that crashes leave one at most
+        # Always the same place, so that crashes leave one such folder at most, and the next save empties it.
+        beside = target.with_name(f".{target.name}.part")
+        shutil.rmtree(beside, ignore_errors=True)
         try:
-            save_file(own, beside, metadata={_KEY: json.dumps(head)})
-            _flush(beside)
-            os.replace(beside, target)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
+            beside.mkdir()
+            save_file(own, beside / target.name, metadata={_KEY: json.dumps(head)})
+            _flush(beside / target.name)
+            os.replace(beside / target.name, target)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
         _flush(target.absolute().parent)
 
     @classmethod

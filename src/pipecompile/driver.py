@@ -98,6 +98,7 @@ def compile(
     clip_norm: float | None = None,
     memory_limit: int | None = None,
     recompute: RecomputeName = "none",
+    deferred_batch_norm: bool = False,
     seed: int = 0,
     keep_gradients: bool = False,
     check_finite: bool = False,
@@ -202,6 +203,8 @@ def compile(
             ``memory_limit``: bytes of activations a device may keep; ``schedule="auto"`` chooses within it.
             ``recompute``: ``"none"``; ``"stage"``: stages keep what they receive and compute the rest
             again for the backward; ``"auto"``: as few of them as ``memory_limit`` asks for.
+            ``deferred_batch_norm``: running statistics are updated once a step, with those of the
+            whole batch (each micro-batch is normalised by its own all the same).
             ``seed``: of dropout masks. ``keep_gradients``: for ``pipe.gradients()``.
             ``check_finite``: a step whose loss or gradients are NaN or infinite raises before the update.
 

@@ -64,6 +64,7 @@ def compile_training(
     clip_norm: float | None = None,
     memory_limit: int | None = None,
     recompute: RecomputeName = "none",
+    deferred_batch_norm: bool = False,
     example_targets: Any = None,
     keep_gradients: bool = False,
     check_finite: bool = False,
@@ -95,16 +96,25 @@ def compile_training(
     tell("partition", 0.6)
     loss = _Loss(loss_fn, traced.graph.out_tree, _part(example_targets, batch, micro_batches))
     planner = _Planner(
-        traced, gradients, first, loss, measure, replace(cluster, link=measured.link), micro_batches,
-        LowerStep(ahead, drop_in), Recompute(recompute, memory_limit), time_limit, profile_seconds,
-    )  # fmt: skip
+        traced,
+        gradients,
+        first,
+        loss,
+        measure,
+        replace(cluster, link=measured.link),
+        micro_batches,
+        LowerStep(ahead, drop_in),
+        Recompute(recompute, memory_limit),
+        MeasureStep(profile_seconds / 8, deferred_batch_norm),
+        time_limit,
+    )
     names = [name for name in names if schedule != "auto" or STEP_SCHEDULES[name].chunks <= len(traced.graph.layers)]
     chosen = ChooseStep(memory_limit).apply([planner.candidate(name, profile) for name in names])
     plan, program, graph = chosen.plan, chosen.program, traced.graph
     if len(plan.cluster.devices) < len(cluster.devices):
         warnings.warn("; ".join(plan.notes), PipecompileWarning, stacklevel=3)
     tell("codegen", 0.9)
-    modules = CodegenStep().apply(graph, traced.module, plan, program, gradients)
+    modules = CodegenStep(deferred=deferred_batch_norm).apply(graph, traced.module, plan, program, gradients)
     owned = {stage: tuple(names) for stage, names in owners(weight_users(graph, plan, gradients.weights)).items()}
     package = replace(_package(traced, first, modules, plan, program), imports=tuple(imports))
     step = StepPackage(package, owned, batched)
@@ -143,8 +153,8 @@ class _Planner:
     micro_batches: int
     lower: LowerStep
     recompute: Recompute
+    measure_step: MeasureStep
     time_limit: float
-    seconds: float
     _costs: dict[Any, tuple[StageCost, ...]] = field(default_factory=dict[Any, tuple[StageCost, ...]])
 
     def candidate(self, name: str, profile: Profile) -> Candidate:
@@ -168,7 +178,7 @@ class _Planner:
         program = VerifyStep().apply(self.lower.apply(graph, plan, order, self.gradients))
         key = (tuple(stage.layers for stage in plan.stages), step_schedule(name).splits)
         if key not in self._costs:
-            self._costs[key] = MeasureStep(self.seconds / 8).apply(
+            self._costs[key] = self.measure_step.apply(
                 graph, self.traced.module, self.traced.tensors, self.leaves, plan, program, self.gradients, self.loss,
                 self.measure,
             )  # fmt: skip

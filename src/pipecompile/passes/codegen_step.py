@@ -24,9 +24,13 @@ from pipecompile.passes.stage_code import IMPORTS, StageWriter, StepEmitter
 
 @dataclass(frozen=True)
 class CodegenStep:
-    """Write the device modules of a training step. ``width`` is the line length aimed at."""
+    """Write the device modules of a training step. ``width`` is the line length aimed at.
+
+    ``deferred`` updates running statistics of BatchNorms once a step, with those of the whole batch.
+    """
 
     width: int = 110
+    deferred: bool = False
 
     def apply(
         self, graph: ModelGraph, module: fx.GraphModule, plan: Plan, program: Program, gradients: Gradients
@@ -43,7 +47,7 @@ class CodegenStep:
         gradients: Gradients,
         device: DeviceProgram,
     ) -> DeviceModule:
-        emit = StepEmitter(graph, module)
+        emit = StepEmitter(graph, module, deferred=self.deferred)
         writers = [StageWriter(emit, plan, program, gradients, device, s, self.width) for s in device.stages]
         parts = [writer.source() for writer in writers]
         step = _StepWriter(program, device, {w.stage: w for w in writers}).source()
@@ -78,10 +82,15 @@ class _StepWriter:
         lines += [f'{_port(e, receives=True)} = link.receiver("{e.name}")' for e in into]
         lines += [f'{_port(e, receives=False)} = link.sender("{e.name}")' for e in out]
         steps = [step for step in device.warm_up if step.op is Op.STEP]
+        commits = [f"link.commit({d})" for s in stages if (d := self.writers[s].deferred)]
+        if commits:
+            commits.insert(0, "# running statistics of the whole batch")
         for step in device.warm_up:
             if steps and step == steps[0]:
+                lines += commits
                 lines += ["# norm of all gradients, where they are clipped", "yield link.norm()"]
             lines += self._step(step)
+        lines += [] if steps else commits
         return "def step(link, number):\n" + indent(lines)
 
     def _step(self, step: Instruction) -> list[str]:

@@ -21,6 +21,7 @@ from pipecompile.ir.program import HOST, DeviceProgram, Op, Program
 from pipecompile.ir.training import Gradients
 from pipecompile.passes.codegen import define, indent, stage_state, title, tuple_of
 from pipecompile.passes.emit import HEADER, Emitter, local
+from pipecompile.passes.deferred import deferred_norms
 from pipecompile.passes.layers import free_closure
 from pipecompile.passes.operators import draws, heavy_weights
 
@@ -46,8 +47,9 @@ IMPORTS = (
 class StepEmitter(Emitter):
     """Seeds every random operator, and takes the gradient edge of heavy ones while it is still theirs."""
 
-    def __init__(self, graph: ModelGraph, module: fx.GraphModule) -> None:
+    def __init__(self, graph: ModelGraph, module: fx.GraphModule, *, deferred: bool = False) -> None:
         super().__init__(graph, module)
+        self.norms, self.counters = deferred_norms(graph) if deferred else ({}, {})
         random = [node for node in graph.graph.nodes if node.op == "call_function" and self._draws(node)]
         self.random = {node: i for i, node in enumerate(random)}
         self.taps: dict[fx.Node, list[str]] = {}
@@ -64,7 +66,17 @@ class StepEmitter(Emitter):
 
     def statement(self, node: fx.Node) -> list[str]:
         """As for a stream; the edge is taken at once, since an in-place operator may follow."""
-        lines = super().statement(node)
+        if node in self.counters:
+            # Counted once a step; a module used again counts on from here.
+            return [f"{local(node)} = {self.expression(node.args[0])}"] if node.users else []
+        if node in self.norms:
+            norm = self.norms[node]
+            x, weight, bias, mean = (self.expression(arg) for arg in node.args[:4])
+            rest = ", ".join(self.expression(arg) for arg in node.args[7:])
+            found = f"*draw.statistics({norm.number}, {x}, {mean})"
+            lines = [f"{local(node)} = aten.batch_norm.default({x}, {weight}, {bias}, {found}, True, 1.0, {rest})"]
+        else:
+            lines = super().statement(node)
         if node in self.random:
             lines.insert(0, f"draw({self.random[node]})")
         if node in self.taps:
@@ -142,6 +154,15 @@ class StageWriter:
     def name(self, value: str) -> str:
         """The variable of a value."""
         return local(self.emit.nodes[value])
+
+    @property
+    def deferred(self) -> str:
+        """The arguments of ``link.commit``, empty where no BatchNorm of the stage is deferred."""
+        nodes = [self.emit.nodes[name] for layer in self._layers for name in layer.nodes]
+        norms = [self.emit.norms[node] for node in nodes if node in self.emit.norms]
+        counters = [self.emit.counters[node] for node in nodes if node in self.emit.counters]
+        rows = [f"({n.number}, {n.mean!r}, {n.var!r}, {n.momentum})" for n in norms]
+        return f"{tuple_of('', rows)}, {tuple_of('', [repr(name) for name in counters])}" if norms or counters else ""
 
     def source(self) -> str:
         """All functions of the stage."""

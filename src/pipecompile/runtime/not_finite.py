@@ -21,7 +21,7 @@ from pipecompile.ir.training import StepPackage, StepRequest
 from pipecompile.runtime.criterion import Criterion
 from pipecompile.runtime.module import execute
 from pipecompile.runtime.numerics import stage_mode
-from pipecompile.runtime.step import mask_seed, place
+from pipecompile.runtime.step import Draw, place
 
 #: Operators that put given values in: masks of attention are infinite on purpose.
 _MASKS = frozenset({"aten::masked_fill", "aten::masked_fill_", "aten::where", "aten::full", "aten::fill_"})
@@ -81,15 +81,16 @@ class _Again:
                 given = [self.loss] if stage == len(modules) - 1 else []
                 try:
                     with watch:
-                        made, _ = code[f"forward_{stage}"](self._draw, *given, state, *(values[v] for v in reads))
+                        made, _ = code[f"forward_{stage}"](
+                            Draw(self.seed, self.request.number, self.micro_batch, {}),
+                            *given,
+                            state,
+                            *(values[v] for v in reads),
+                        )
                 except _Stopped as error:
                     return _where(error, module.filename, module.stages)
                 values.update(zip(makes, map(_plain, made), strict=False))
         return ""
-
-    def _draw(self, op: int) -> None:
-        key = mask_seed(self.seed, self.request.number, self.micro_batch, op)
-        torch.default_generator.manual_seed(key)
 
     def loss(self, *outputs: Any) -> torch.Tensor:
         """The loss, of the last stage's results."""

@@ -13,6 +13,7 @@ import torch
 
 from pipecompile.errors import StepError
 from pipecompile.ir.link import Port
+from pipecompile.runtime.batch_norm import BatchStatistics
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender
 
 _STAGE = re.compile(r"(?:stage|forward|record|again|backward|backward_input|backward_weight)_(\d+)")
@@ -63,6 +64,27 @@ def _held(gradient: torch.Tensor) -> torch.Tensor:
     return gradient if own else gradient.clone()
 
 
+class Draw:
+    """What a stage gets for one micro-batch: seeds for its random operators, and room for statistics of BatchNorms."""
+
+    def __init__(
+        self, seed: int, step: int, micro_batch: int, statistics: dict[int, dict[int, BatchStatistics]]
+    ) -> None:
+        self._seed, self._step, self._micro_batch, self._statistics = seed, step, micro_batch, statistics
+        self._manual_seed = torch.default_generator.manual_seed
+
+    def __call__(self, op: int) -> None:
+        """Seed random operator number ``op``."""
+        self._manual_seed(mask_seed(self._seed, self._step, self._micro_batch, op))
+
+    def statistics(self, norm: int, x: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where BatchNorm number ``norm`` of input ``x`` puts its mean and variance. A second forward counts not."""
+        mean, var = torch.zeros_like(like), torch.zeros_like(like)
+        count = x.numel() // x.shape[1]
+        self._statistics.setdefault(norm, {}).setdefault(self._micro_batch, BatchStatistics(count, mean, var))
+        return mean, var
+
+
 class NotFinite(Exception):
     """The loss of a micro-batch, or (-1) gradients of ``weights`` by placeholder name, are NaN or infinite."""
 
@@ -105,6 +127,7 @@ class StepLink:
     ) -> None:
         self._tensors, self._updates, self._seed = tensors, updates, seed
         self._written = [tensors[name] for name in written]
+        self._statistics: dict[int, dict[int, BatchStatistics]] = {}
         self._before: tuple[list[torch.Tensor], dict[str, torch.Tensor]] = ([], {})
         self._receivers = {port.edge: port for port in ports if isinstance(port, RingReceiver)}
         self._senders = {port.edge: port for port in ports if isinstance(port, RingSender)}
@@ -117,6 +140,7 @@ class StepLink:
         """Note buffers and sums as they are before a step. Sums are never changed in place."""
         self._before = [buffer.clone() for buffer in self._written], dict(self.sums.values)
         self.losses = []
+        self._statistics.clear()
 
     def roll_back(self) -> None:
         """Put back what :meth:`begin` noted."""
@@ -145,14 +169,17 @@ class StepLink:
         """The sending end of the named edge."""
         return self._senders[edge]
 
-    def draw(self, micro_batch: int) -> Callable[[int], None]:
+    def draw(self, micro_batch: int) -> Draw:
         """What seeds the random operators of a micro-batch, by number."""
-        seed, step, manual_seed = self._seed, self.number, torch.default_generator.manual_seed
+        return Draw(self._seed, self.number, micro_batch, self._statistics)
 
-        def draw(op: int) -> None:
-            manual_seed(mask_seed(seed, step, micro_batch, op))
-
-        return draw
+    def commit(self, norms: Sequence[tuple[int, str, str, float]], counters: Sequence[str]) -> None:
+        """Update the running statistics of deferred BatchNorms, once a step; see :class:`BatchStatistics`."""
+        for norm, mean, var, momentum in norms:
+            parts = self._statistics.pop(norm)
+            BatchStatistics.of(list(parts.values())).update(self._tensors[mean], self._tensors[var], momentum)
+        for name in counters:
+            self._tensors[name].add_(1)
 
     def loss(self, micro_batch: int) -> Callable[..., torch.Tensor]:
         """The loss of a micro-batch as a function of the model's results, weighted by its size."""
@@ -209,4 +236,4 @@ def step_error(error: BaseException, filename: str, device: int, stages: Sequenc
     )
 
 
-__all__ = ["NotFinite", "Place", "StepLink", "Sums", "Updates", "mask_seed", "place", "step_error"]
+__all__ = ["Draw", "NotFinite", "Place", "StepLink", "Sums", "Updates", "mask_seed", "place", "step_error"]
