@@ -1,8 +1,9 @@
 """Is the chosen cut the best one? Run it beside its neighbours.
 
-    python -m bench.cuts [--rounds 6] [--seconds 0.4] [--models "resnet18 224px" ...]
+    python -m bench.cuts [--rounds 6] [--seconds 0.4] [--moves 1 2 4] [--models "resnet18 224px" ...]
 
 Two stages. A neighbour moves the boundary by 1, 2 or 4 layers, either way, by pinning every layer.
+Each cut is compiled (some seconds) before the rounds; fewer moves and rounds make it shorter.
 All cuts take turns in every round. Reported is the rate of the chosen cut against the fastest one:
 the medians of the rounds, and the interval of the ratio by resampling them.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import islice, repeat
 
@@ -24,10 +26,8 @@ import pipecompile
 from bench.models import MODELS, build
 from bench.stream import bootstrap, stream_rate
 
-_OFFSETS = (-4, -2, -1, 1, 2, 4)
 
-
-def measure(name: str, rounds: int, seconds: float) -> dict[int, np.ndarray]:
+def measure(name: str, rounds: int, seconds: float, offsets: Sequence[int]) -> dict[int, np.ndarray]:
     """Layers by which the boundary was moved -> rates, one a round. 0 is the chosen cut."""
     model, example = build(name)
     torch.set_num_threads(1)
@@ -37,7 +37,7 @@ def measure(name: str, rounds: int, seconds: float) -> dict[int, np.ndarray]:
         names = chosen.plan.layer_names
         order = [names[layer] for stage in chosen.plan.stages for layer in stage.layers]
         cut = len(chosen.plan.stages[0].layers)
-        for offset in _OFFSETS:
+        for offset in offsets:
             if 0 < cut + offset < len(order):
                 pin = {layer: f"cpu:{int(at >= cut + offset)}" for at, layer in enumerate(order)}
                 pipes[offset] = stack.enter_context(pipecompile.compile(model, example, devices=2, pin=pin))
@@ -55,16 +55,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=0.4)
-    parser.add_argument("--models", nargs="*", default=list(MODELS)[:6])
+    parser.add_argument("--moves", type=int, nargs="*", default=[1, 2, 4], help="layers to move the boundary by")
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS)[:6])
     options = parser.parse_args()
-    table = Table("model", *(f"{offset:+d}" if offset else "chosen" for offset in sorted((0, *_OFFSETS))))
+    offsets = sorted({0} | {sign * abs(move) for move in options.moves for sign in (-1, 1)})
+    table = Table("model", *(f"{offset:+d}" if offset else "chosen" for offset in offsets))
     table.add_column("chosen / fastest [95%]")
     table.title = f"samples/s by cut, {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores"
     for name in options.models:
-        rates = measure(name, options.rounds, options.seconds)
+        rates = measure(name, options.rounds, options.seconds, [o for o in offsets if o])
         best = max(rates, key=lambda offset: float(np.median(rates[offset])))
         ratio, low, high = bootstrap(rates[0] / rates[best])
-        cells = [f"{np.median(rates[o]):.1f}" if o in rates else "-" for o in sorted((0, *_OFFSETS))]
+        cells = [f"{np.median(rates[o]):.1f}" if o in rates else "-" for o in offsets]
         table.add_row(name, *cells, f"{ratio:.3f} [{low:.3f}, {high:.3f}] ({best:+d})")
     Console(width=140).print(table)
 

@@ -1,10 +1,11 @@
 """What does a pipeline cost besides time: latency of one call, idle processor time, memory, compile time?
 
-    python -m bench.footprint [--quick]
+    python -m bench.footprint [--quick] [--parts latency ...]
 
 Latency is measured in turns with eager on one thread in the same process. Memory is PSS (a shared
-page counts once, however many map it) of the caller and its workers; what a model's weights add is
-the difference to a model with next to no weights, so that Python and torch cancel out.
+page counts once, however many map it) of the caller, its workers and the server they are forked
+from; what a model's weights add is the difference to a model with next to no weights, so that
+Python and torch cancel out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
@@ -28,30 +29,38 @@ from torch import nn
 
 import pipecompile
 from bench.models import MODELS, build
+from pipecompile.runtime import nursery
 
 
 def main() -> None:
     """Print one table a question."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repeats and 10,000 instead of 100,000 samples")
-    quick = parser.parse_args().quick
+    parser.add_argument("--parts", nargs="*", default=["latency", "compiling", "memory", "endurance"])
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS), help="for latency")
+    options = parser.parse_args()
+    quick = options.quick
     torch.set_num_threads(1)
     console = Console(width=120)
     console.print(
         f"{time.strftime('%Y-%m-%d')}  torch {torch.__version__}  {platform.machine()}  {os.cpu_count()} cores"
     )
-    console.print(latency(8 if quick else 20))
-    console.print(compiling())
-    console.print(memory())
-    console.print(endurance(10_000 if quick else 100_000))
+    parts: dict[str, Callable[[], Table]] = {
+        "latency": lambda: latency(options.models, 8 if quick else 20),
+        "compiling": compiling,
+        "memory": memory,
+        "endurance": lambda: endurance(10_000 if quick else 100_000),
+    }
+    for part in options.parts:
+        console.print(parts[part]())
 
 
-def latency(turns: int) -> Table:
+def latency(models: Sequence[str], turns: int) -> Table:
     """Median time of a call through an idle pipeline, beside eager; and what idling costs."""
     table = Table(
         "model", "eager ms", "pipe(x) ms", "limit ms", "within", "idle, % of a core", title="one unloaded call"
     )
-    for name in MODELS:
+    for name in models:
         model, example = build(name)
         with pipecompile.compile(model, example, devices=2) as pipe, torch.no_grad():
             calls: tuple[Callable[..., Any], ...] = (model, pipe)
@@ -107,10 +116,10 @@ def memory() -> Table:
         weights = sum(p.nbytes for p in model.parameters())
         with pipecompile.compile(model, (torch.randn(1, width),), devices=2, use_cache=False) as pipe:
             list(pipe.stream(islice(repeat((torch.randn(1, width),)), 50)))
-            sizes.append((weights, sum(map(pss, [os.getpid(), *pipe._engine.session.pids]))))
+            sizes.append((weights, sum(map(pss, processes(pipe)))))
         del model, pipe
     (small, little), (large, much) = sizes
-    table = Table("weights MB", "PSS of all MB", "copies of the weights", title="memory, caller and two workers")
+    table = Table("weights MB", "PSS of all MB", "copies of the weights", title="memory, all processes")
     table.add_row(f"{small / 1e6:.1f}", f"{little / 1e6:.0f}", "")
     table.add_row(f"{large / 1e6:.1f}", f"{much / 1e6:.0f}", f"{(much - little) / (large - small):.3f}")
     return table
@@ -125,9 +134,15 @@ def endurance(samples: int) -> Table:
     with pipecompile.compile(model, (x,), devices=2) as pipe:
         for number, _ in enumerate(pipe.stream(items(x, samples)), 1):
             if number in at:
-                seen.append(sum(map(pss, [os.getpid(), *pipe._engine.session.pids])))
+                seen.append(sum(map(pss, processes(pipe))))
                 table.add_row(f"{number:,}", f"{seen[-1] / 1e6:.1f}", f"{seen[-1] / seen[0]:.4f}")
     return table
+
+
+def processes(pipe: Any) -> list[int]:
+    """The caller, the workers, and the server that holds torch for them."""
+    server = nursery.prepare()
+    return [os.getpid(), *pipe._engine.session.pids, *([] if server is None else [server])]
 
 
 def items(x: torch.Tensor, count: int) -> Iterator[torch.Tensor]:

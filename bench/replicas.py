@@ -26,8 +26,8 @@ from rich.table import Table
 import pipecompile
 from bench.models import MODELS, build
 from bench.stream import bootstrap, stream_rate
-from pipecompile.driver import Compiler
 from pipecompile.eager import eager_models
+from pipecompile.infer_driver import Compiler
 from pipecompile.inference import InferencePipeline
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.tree import flatten

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from pipecompile.driver import Compiler, make_cluster
+from pipecompile.clusters import make_cluster
+from pipecompile.infer_driver import Compiler
 from pipecompile.inference import InferencePipeline
 from pipecompile.ir.graph import ModelGraph
 from pipecompile.ir.plan import Plan

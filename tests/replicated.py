@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pipecompile.driver import Compiler
 from pipecompile.eager import eager_models
+from pipecompile.infer_driver import Compiler
 from pipecompile.inference import InferencePipeline
 from pipecompile.ir.cluster import Cluster, Device
 from pipecompile.ir.plan import Plan, Stage

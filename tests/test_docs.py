@@ -22,6 +22,7 @@ from commands import in_process
 from media import write_video
 from pages import DOCS, ROOT, Block, blocks, commands
 from pipecompile import driver
+from pipecompile.infer_driver import compile_inference
 
 PAGES = [
     DOCS / "tutorial.md",
@@ -43,9 +44,9 @@ def test_page_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(driver.compile.__kwdefaults__, "profile_seconds", 0.3)
+    monkeypatch.setitem(compile_inference.__kwdefaults__, "profile_seconds", 0.3)
     if page.stem not in IN_PROCESSES:
-        monkeypatch.setitem(driver.compile.__kwdefaults__, "executor", "inline")
+        monkeypatch.setitem(compile_inference.__kwdefaults__, "executor", "inline")
         monkeypatch.setitem(driver.load.__kwdefaults__, "executor", "inline")
     write_video(tmp_path / "clip.mp4", 12)
     known = set(sys.modules)

@@ -18,6 +18,8 @@ EXAMPLES = ROOT / "examples"
     [
         ("decorator.py", ["--samples", "12"], "12 results, every bit as plain PyTorch"),
         pytest.param("live_source.py", ["--seconds", "1.5"], "of 360 frames", marks=pytest.mark.slow),
+        pytest.param("learn_digits.py", ["--digits", "120"], "answers as plain SGD does", marks=pytest.mark.slow),
+        pytest.param("learn_video.py", ["--frames", "120"], "learning.html", marks=pytest.mark.slow),
         pytest.param("own_pass.py", [], "the pipeline gives what the model gives", marks=pytest.mark.slow),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pipecompile
-from pipecompile.driver import make_cluster
+from pipecompile.clusters import make_cluster
 from pipecompile.errors import InputError, PlanError
 
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.training import TRAINING, Job, Training
 from oracles.training import Run, pieces_of, train
 from pipecompile import train_driver
-from pipecompile.driver import make_cluster
+from pipecompile.clusters import make_cluster
 from pipecompile.errors import InputError, PipecompileWarning, PipelineClosed, PlanError, StepError, TraceError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.profile import Profile

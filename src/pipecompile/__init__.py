@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     )
     from pipecompile.inference import InferencePipeline
     from pipecompile.ir.cluster import Cluster, Device, Link
+    from pipecompile.ir.learning import Learned, LearnTimes
     from pipecompile.ir.sample import Counts, Record, Result, Sample
+    from pipecompile.learning import LearningPipeline
     from pipecompile.streams.pulled import Stream
     from pipecompile.streams.pushed import Results
     from pipecompile.streams.ticket import Ticket
@@ -52,6 +54,9 @@ _HOME = {
     "Cluster": "ir.cluster",
     "Device": "ir.cluster",
     "Link": "ir.cluster",
+    "LearnTimes": "ir.learning",
+    "Learned": "ir.learning",
+    "LearningPipeline": "learning",
     "Counts": "ir.sample",
     "Record": "ir.sample",
     "Result": "ir.sample",
@@ -68,6 +73,9 @@ __all__ = [
     "Device",
     "InferencePipeline",
     "InputError",
+    "LearnTimes",
+    "Learned",
+    "LearningPipeline",
     "Link",
     "Overloaded",
     "PipecompileError",

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipecompile.driver import Compiler, Progress, make_cluster, silent, whole_rounds
+from pipecompile.clusters import make_cluster
 from pipecompile.eager import eager_models
+from pipecompile.infer_driver import Compiler, whole_rounds
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.tree import flatten
+from pipecompile.options import Progress, silent
 from pipecompile.passes.lower import Lower
 from pipecompile.passes.partition import Partition
 from pipecompile.passes.trace import Trace

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
 from torch import nn
 
-from pipecompile import driver
 from pipecompile.decorated import NAMES, Options, decorated
 from pipecompile.eager import running_eager
 from pipecompile.errors import InputError
 from pipecompile.inference import InferencePipeline
+from pipecompile.options import names_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -82,8 +81,7 @@ def pipeline(
         InputError: if the class itself has an attribute ``pipeline``, ``stream`` or ``close``. At
             the first call also what :func:`pipecompile.compile` raises.
     """
-    parameters = inspect.signature(driver.compile).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    known = ["mode", *names_of("infer")]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(

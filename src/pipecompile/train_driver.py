@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from pipecompile.ir.profile import Profile
 from pipecompile.ir.program import Program
 from pipecompile.ir.training import Gradients, StageCost, StepPackage
 from pipecompile.ir.tree import Tree, flatten, unflatten
+from pipecompile.options import Progress, silent
 from pipecompile.passes.choose_step import Candidate, ChooseStep
 from pipecompile.passes.codegen_step import CodegenStep
 from pipecompile.passes.lower_step import LowerStep, owners, weight_users
@@ -37,11 +38,9 @@ from pipecompile.passes.verify_step import VerifyStep
 from pipecompile.runtime.batches import Reduction, batched_inputs, split_inputs, split_targets
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.update import OptimizerFactory
-from pipecompile.schedules.training import STEP_SCHEDULES
+from pipecompile.schedules.recompute import RecomputeName
+from pipecompile.schedules.training import STEP_SCHEDULES, ScheduleName
 from pipecompile.training import ExecutorName, TrainingPipeline
-
-RecomputeName = Literal["none", "stage", "auto"]
-ScheduleName = Literal["auto", "gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zb_v"]
 
 #: How far the slowest stage may be from its prediction before the model is cut again.
 _TOLERANCE = 0.1
@@ -59,7 +58,7 @@ def compile_training(
     micro_batches: int = 4,
     reduction: Reduction = "auto",
     leaf: Sequence[str | type[nn.Module]] = (),
-    ahead: int = 1,
+    ahead: int | None = None,
     seed: int = 0,
     clip_norm: float | None = None,
     memory_limit: int | None = None,
@@ -74,9 +73,10 @@ def compile_training(
     imports: Sequence[str] = (),
     time_limit: float = 10.0,
     profile_seconds: float = 2.0,
-    tell: Callable[[str, float], None] = lambda _phase, _fraction: None,
+    progress: Progress | None = None,
 ) -> TrainingPipeline:
     """See :func:`pipecompile.compile`; ``args`` and ``kwargs`` are one whole batch."""
+    tell = progress or silent
     drop_in = loss_fn is None
     names = _schedules(schedule, drop_in, optimizer, clip_norm, check_finite or keep_gradients)
     leaves, tree = flatten((args, kwargs))
@@ -94,8 +94,8 @@ def compile_training(
     measured = ProfileLayers(profile_seconds).apply(traced.graph, traced.module, traced.tensors, first, measure)
     profile = training_profile(traced.graph, measured, gradients, again=recompute == "stage")
     tell("partition", 0.6)
-    loss = _Loss(loss_fn, traced.graph.out_tree, _part(example_targets, batch, micro_batches))
-    planner = _Planner(
+    loss = ExampleLoss(loss_fn, traced.graph.out_tree, _part(example_targets, batch, micro_batches))
+    planner = StepPlanner(
         traced,
         gradients,
         first,
@@ -103,7 +103,7 @@ def compile_training(
         measure,
         replace(cluster, link=measured.link),
         micro_batches,
-        LowerStep(ahead, drop_in),
+        LowerStep(1 if ahead is None else ahead, drop_in),
         Recompute(recompute, memory_limit),
         MeasureStep(profile_seconds / 8, deferred_batch_norm),
         time_limit,
@@ -116,7 +116,7 @@ def compile_training(
     tell("codegen", 0.9)
     modules = CodegenStep(deferred=deferred_batch_norm).apply(graph, traced.module, plan, program, gradients)
     owned = {stage: tuple(names) for stage, names in owners(weight_users(graph, plan, gradients.weights)).items()}
-    package = replace(_package(traced, first, modules, plan, program), imports=tuple(imports))
+    package = replace(package_of(traced, first, modules, plan, program), imports=tuple(imports))
     step = StepPackage(package, owned, batched)
     tell("done", 1.0)
     return TrainingPipeline(
@@ -134,14 +134,14 @@ def compile_training(
         hang_seconds=hang_seconds,
         throttle=throttle,
         costs=tuple(
-            replace(cost, update=_update_seconds(optimizer, traced, owned.get(stage, ())))
+            replace(cost, update=update_seconds(optimizer, traced, owned.get(stage, ())))
             for stage, cost in enumerate(chosen.costs)
         ),
     )
 
 
 @dataclass
-class _Planner:
+class StepPlanner:
     """Plans, lowers and measures the model for one schedule after another."""
 
     traced: Traced
@@ -192,7 +192,7 @@ class _Planner:
 
 
 @dataclass(frozen=True)
-class _Loss:
+class ExampleLoss:
     """The loss on flat results, to measure the last stage with: without targets, a sum that has gradients."""
 
     loss_fn: Callable[[Any, Any], Any] | None
@@ -200,6 +200,11 @@ class _Loss:
     targets: Any
 
     def __call__(self, outputs: Sequence[Any]) -> torch.Tensor:
+        """The loss of the example.
+
+        Raises:
+            InputError: if it is no scalar tensor.
+        """
         if self.targets is not None and self.loss_fn is not None:
             loss = self.loss_fn(unflatten(self.tree, list(outputs)), self.targets)
             if isinstance(loss, torch.Tensor) and loss.dim() == 0:
@@ -234,7 +239,7 @@ def _schedules(
     return list(FILL_AND_DRAIN) if schedule == "auto" else [schedule]
 
 
-def _update_seconds(factory: OptimizerFactory | None, traced: Traced, names: Sequence[str]) -> float:
+def update_seconds(factory: OptimizerFactory | None, traced: Traced, names: Sequence[str]) -> float:
     """Median seconds of an update of copies of these weights."""
     weights = [torch.nn.Parameter(traced.tensors[name].detach().clone()) for name in names]
     if not weights or factory is None:
@@ -249,9 +254,10 @@ def _update_seconds(factory: OptimizerFactory | None, traced: Traced, names: Seq
     return statistics.median(times[1:])
 
 
-def _package(
+def package_of(
     traced: Traced, leaves: list[Any], modules: tuple[DeviceModule, ...], plan: Plan, program: Program
 ) -> Package:
+    """What a runtime needs to know of a traced model cut by ``plan``; ``leaves`` are the example."""
     graph = traced.graph
     specs = [graph.values.get(name) or TensorSpec.of(leaf) for name, leaf in zip(graph.inputs, leaves, strict=True)]
     return Package(

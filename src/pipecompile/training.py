@@ -21,6 +21,7 @@ from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.training import StageCost, StepPackage, StepRequest
+from pipecompile.model_weights import ModelWeights
 from pipecompile.runtime.batches import Reduction, loss_weights, split_inputs, split_targets
 from pipecompile.runtime.criterion import Criterion
 from pipecompile.runtime.inline_step import InlineTrainer, Trainer
@@ -71,7 +72,7 @@ class TrainingPipeline(nn.Module):
         self._watching: dict[str, Any] = {"hang_seconds": hang_seconds, "throttle": throttle}
         self._clip, self._costs = clip_norm, costs
         self._executor = executor
-        self._weights = _Weights(step, tensors, model)
+        self._weights = ModelWeights(step.package.state, step.owned, tensors, model)
         self._drop_in = DropIn(step, tensors)
         self._trainer: Trainer | None = None
         self._steps, self._accumulated = 0, False
@@ -179,13 +180,7 @@ class TrainingPipeline(nn.Module):
 
     def optimizer_state_dict(self) -> dict[str, Any]:
         """A copy of the optimizers' state as that of one plain torch optimizer over ``model.parameters()``."""
-        state, groups = copy.deepcopy(self._ready().optimizer_state())
-        names = self._weights.positions()
-        settings = next(iter(groups.values()), {})
-        return {
-            "state": {names[name]: value for name, value in sorted(state.items(), key=lambda kv: names[kv[0]])},
-            "param_groups": [{**settings, "params": list(range(len(list(self._model.parameters()))))}],
-        }
+        return self._weights.packed(*copy.deepcopy(self._ready().optimizer_state()))
 
     def load_optimizer_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over the state of a plain torch optimizer over ``model.parameters()`` with one group.
@@ -193,17 +188,7 @@ class TrainingPipeline(nn.Module):
         Raises:
             InputError: if it has several parameter groups, or another number of parameters.
         """
-        groups = state_dict["param_groups"]
-        count = len(list(self._model.parameters()))
-        if len(groups) != 1 or len(groups[0]["params"]) != count:
-            raise InputError(
-                f"the optimizer state has {len(groups)} groups with {[len(g['params']) for g in groups]} parameters; "
-                f"expected one group over all {count} of model.parameters()"
-            )
-        settings = {key: value for key, value in groups[0].items() if key != "params"}
-        names = {position: name for name, position in self._weights.positions().items()}
-        state = {names[i]: value for i, value in state_dict["state"].items() if i in names}
-        self._ready().load_optimizer_state(state, settings)
+        self._ready().load_optimizer_state(*self._weights.unpacked(state_dict))
 
     def training_state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides ``state_dict()``: the optimizers' state and the number of steps done."""
@@ -382,40 +367,6 @@ class TrainingPipeline(nn.Module):
                 "in place with load_state_dict"
             )
         return self._trainer
-
-
-class _Weights:
-    """The tensors of a package and what the model calls them."""
-
-    def __init__(self, step: StepPackage, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> None:
-        self._tensors, self._model = dict(tensors), model
-        self._names = [name for names in step.owned.values() for name in names]
-        self._fqn = {entry.name: entry.fqn for entry in step.package.state}
-        self._pointers: list[tuple[int, int]] = []
-
-    def current(self) -> dict[str, torch.Tensor]:
-        """Placeholder name -> tensor."""
-        return self._tensors
-
-    def fqn(self, name: str) -> str:
-        """The first of the model's names for a weight."""
-        return next((n for n, p in self._model.named_parameters() if p is self._tensors[name]), self._fqn[name])
-
-    def positions(self) -> dict[str, int]:
-        """Placeholder name of a trained weight -> its place in ``model.parameters()``."""
-        places = {id(p): i for i, p in enumerate(self._model.parameters())}
-        return {name: places[id(self._tensors[name])] for name in self._names}
-
-    def remember(self) -> None:
-        """Note what the model holds, to see later whether something was replaced."""
-        self._pointers = self._homes()
-
-    def moved(self) -> bool:
-        """Whether the model holds other parameters or storage than noted."""
-        return self._pointers != self._homes()
-
-    def _homes(self) -> list[tuple[int, int]]:
-        return [(id(t), t.data_ptr()) for t in (*self._model.parameters(), *self._model.buffers())]
 
 
 __all__ = ["TrainingPipeline"]

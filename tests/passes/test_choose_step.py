@@ -110,7 +110,7 @@ def test_options_of_the_other_mode_are_refused() -> None:
     job = TRAINING["mlp"].make()
     with pytest.raises(pipecompile.InputError, match="loss_fn: only mode='train' takes that"):
         pipecompile.compile(job.model, job.inputs, loss_fn=job.loss_fn)  # type: ignore[call-overload]
-    with pytest.raises(PlanError, match="mode='learn' is not available: choose 'infer' or 'train'"):
-        pipecompile.compile(job.model, job.inputs, mode="learn")  # type: ignore[call-overload]
-    with pytest.raises(pipecompile.InputError, match="dynamic_shapes is for inference"):
+    with pytest.raises(PlanError, match="mode='fly' is not available: choose 'infer'"):
+        pipecompile.compile(job.model, job.inputs, mode="fly")  # type: ignore[call-overload]
+    with pytest.raises(pipecompile.InputError, match="dynamic_shapes: only mode='infer' takes that, this is mode='train'"):
         compiled(job, dynamic_shapes=({0: 2},))

@@ -39,15 +39,22 @@ from pipecompile.ir.cluster import Link
 from pipecompile.ir.graph import OutputRef, Symbol, TensorSpec
 from pipecompile.ir.package import DeviceModule
 from pipecompile.ir.program import HOST
+from pipecompile.runtime import nursery
 from pipecompile.runtime.executor import ResultTimeout
 from pipecompile.runtime.inline import InlineSession
 from pipecompile.runtime.session import Session
 
 
 def children() -> set[int]:
-    """Child processes, zombies included."""
-    tasks = Path(f"/proc/{os.getpid()}/task").iterdir()
-    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+    """Child processes and theirs, zombies included."""
+    found: set[int] = set()
+    ask = [os.getpid()]
+    while ask:
+        tasks = Path(f"/proc/{ask.pop()}/task").iterdir()
+        new = {int(pid) for task in tasks for pid in (task / "children").read_text().split()} - found
+        found |= new
+        ask += new
+    return found
 
 
 def descriptors() -> int:
@@ -70,6 +77,7 @@ def gone(pids: tuple[int, ...], seconds: float = 10.0) -> bool:
 
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
+    nursery.prepare()
     gc.collect()
     before = children(), descriptors(), set(os.listdir("/dev/shm"))
     yield
@@ -481,6 +489,29 @@ def test_idle_session_uses_no_processor_time(shared: Session) -> None:
     spent = [*map(_processor_ticks, shared.pids), time.process_time()]
     assert [b - a for a, b in zip(before[:-1], spent[:-1], strict=True)] == [0, 0]
     assert spent[-1] - before[-1] < 0.1
+
+
+def test_devices_do_not_sleep_while_a_call_is_awaited_and_do_afterwards(shared: Session) -> None:
+    run_all(shared, samples(1))
+    with shared.awake():  # no sample comes: the devices watch for it until their patience is at an end
+        before = [*map(_processor_ticks, shared.pids)]
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            with shared.awake():
+                time.sleep(0.001)
+        spent = [b - a for a, b in zip(before, map(_processor_ticks, shared.pids), strict=True)]
+    assert spent[-1] >= 2  # of 50 ticks, less what others take; the first device is woken by the sample itself
+    time.sleep(0.05)
+    before = [*map(_processor_ticks, shared.pids)]
+    time.sleep(0.5)
+    assert [*map(_processor_ticks, shared.pids)] == before
+
+
+def test_being_roused_is_not_a_message(shared: Session) -> None:
+    for x in samples(20):
+        with shared.awake(), shared.awake():
+            assert shared.submit([x]) is not None
+            assert torch.equal(shared.result(timeout=10)[1][0], expected(weights(), x))
 
 
 def _processor_ticks(pid: int) -> int:

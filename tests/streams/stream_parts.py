@@ -33,6 +33,9 @@ class HandDriven:
         self.count += 1
         return self.count - 1
 
+    def late(self, on: bool) -> None:
+        pass
+
     def finish(self) -> None:
         if self.line:
             number, leaves = self.line.popleft()

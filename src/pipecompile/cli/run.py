@@ -143,6 +143,11 @@ def streaming(
     folder: Path, source: str, options: dict[str, Any]
 ) -> Generator[tuple[InferencePipeline, Results, Meter]]:
     """Load, open and stream, until the end or Ctrl-C."""
+    from pipecompile.runtime import nursery
+
+    if not options["inline"] and folder.is_dir():
+        nursery.prepare()  # it imports torch while this process does the same
+
     import pipecompile
     from pipecompile.cli.meter import Meter
     from pipecompile.cli.opening import Limited, open_source

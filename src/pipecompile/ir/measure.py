@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from pipecompile.ir.cluster import Link
+from pipecompile.ir.package import Package
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Job:
 
 
 class Measure(Protocol):
-    """Timings on the device a plan is made for. All results are seconds (medians)."""
+    """Timings on the device a plan is made for. All results are seconds."""
 
     def layers(
         self, source: str, arguments: Sequence[Any], marks: int, budget: float
@@ -32,10 +35,20 @@ class Measure(Protocol):
         ...
 
     def functions(self, jobs: Sequence[Job], budget: float) -> list[float]:
-        """Median time of each job, for about ``budget`` seconds each.
+        """Time of each job where little else disturbs it (the lower quartile), for about ``budget`` seconds each.
 
         The jobs take turns of many runs: while a turn lasts a job has the caches to itself, as a
         stage on its own device has; a change of the machine's speed meets all of them alike.
+        """
+        ...
+
+    def streams(
+        self, packages: Sequence[Package], tensors: Mapping[str, torch.Tensor], leaves: Sequence[Any]
+    ) -> list[float]:
+        """Samples a second of each package, streaming the example ``leaves`` in real workers, in turns.
+
+        Raises:
+            PipecompileError: if workers cannot be had.
         """
         ...
 

@@ -14,7 +14,7 @@ class Stage:
 
     ``seconds`` is the predicted compute per sample, ``transfer`` the predicted time spent
     receiving and sending that computing does not hide; ``measured`` the compute of the finished
-    stage timed alone, once known. ``replicas`` are further devices with a copy of the stage:
+    stage timed alone, once known, on a device of this speed. ``replicas`` are further devices with a copy of the stage:
     samples are dealt to ``device`` and them in turn.
     """
 

@@ -7,6 +7,8 @@ A training step is a closed program whose samples are micro-batches: ``0B3`` sta
 gradients of its inputs for micro-batch 3, ``0W3`` those of its weights, ``0BW3`` both at once;
 ``0R3`` its forward once more, so that it need not keep activations; ``0REDUCE0@2>0:tied`` adds what
 stage 2 gives to the gradient of a weight both use; ``0STEP0`` updates the weights of stage 0.
+Learning on a stream has the same instructions in an open program: ``0STEP3`` is the update whose
+first sample is 3.
 """
 
 from __future__ import annotations
@@ -90,8 +92,10 @@ class Edge:
     is posted. In training, an edge to an earlier stage carries gradients: ``values`` names what
     they are the gradients of; one of kind ``gradient`` brings them from the caller, for results that
     went there. An edge of kind ``tied`` carries one message a step, the gradients summed over all
-    micro-batches of the weights named. Between stages of one device nothing
-    travels, and the edge has no slots.
+    micro-batches of the weights named. Between stages of one device nothing travels, and the edge
+    has no slots. In learning, an edge of kind ``target`` brings the targets to the last stage, and
+    one of kind ``result`` what the caller gets; values that begin with a colon are no values of the
+    model.
 
     Replicas of a stage are dealt samples in turn: sample ``n`` goes from replica ``n % a`` of ``a``
     at the source to replica ``n % b`` of ``b`` at the target. Each pair between which a sample ever
@@ -105,7 +109,7 @@ class Edge:
     specs: tuple[TensorSpec, ...]
     ahead: int
     slots: int
-    kind: Literal["", "tied", "gradient"] = ""
+    kind: Literal["", "tied", "gradient", "target", "result"] = ""
     source_replica: int = 0
     source_replicas: int = 1
     target_replica: int = 0
@@ -177,7 +181,8 @@ class DeviceProgram:
     """Instructions of one device: ``warm_up`` once, ``body`` once a turn, ``drain`` once.
 
     ``stages`` run on this device, of which it is one of ``replicas``: its turns are for the samples
-    ``replica``, ``replica + replicas`` and so on. A closed schedule (a training step) is all warm-up.
+    ``replica``, ``replica + replicas`` and so on. A turn of the body is for ``turn`` samples. A closed
+    schedule (a training step) is all warm-up.
     """
 
     device: int
@@ -187,6 +192,7 @@ class DeviceProgram:
     drain: tuple[Instruction, ...] = ()
     replica: int = 0
     replicas: int = 1
+    turn: int = 1
 
 
 @dataclass(frozen=True)
@@ -232,7 +238,8 @@ class Program:
     def unroll(self, samples: int) -> tuple[tuple[Instruction, ...], ...]:
         """Per device the instructions for a stream of ``samples`` samples, numbered absolutely.
 
-        They name the very ring. Receives posted ahead beyond the end of the stream are left out.
+        They name the very ring. What is for samples beyond the end of the stream is left out; so
+        the last turns of a body that computes ahead are its drain.
         """
         rings: defaultdict[str, list[Edge]] = defaultdict(list)
         for edge in self.edges:
@@ -245,7 +252,7 @@ class Program:
         def absolute(program: DeviceProgram) -> tuple[Instruction, ...]:
             body = (
                 at(step, sample + step.sample * program.replicas)
-                for sample in range(program.replica, samples, program.replicas)
+                for sample in range(program.replica, samples, program.replicas * program.turn)
                 for step in program.body
             )
             once = [[at(step, step.sample) for step in steps] for steps in (program.warm_up, program.drain)]
@@ -267,6 +274,7 @@ class Program:
                     "drain": [str(i) for i in d.drain],
                     "replica": d.replica,
                     "replicas": d.replicas,
+                    "turn": d.turn,
                 }
                 for d in self.devices
             ],
@@ -290,6 +298,7 @@ class Program:
                     steps(d["drain"]),
                     d.get("replica", 0),
                     d.get("replicas", 1),
+                    d.get("turn", 1),
                 )
                 for d in data["devices"]
             ),

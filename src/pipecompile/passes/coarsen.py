@@ -3,9 +3,9 @@
 Two kinds of merge. *Lossless*: a layer that costs nothing joins the only layer it reads from, or
 the only one that reads it, where the border beyond it is no heavier; some optimum keeps them
 together, where devices may be idle (up to the latency of a message, where messages have one). *Bounded*: neighbours join along
-the heaviest transfers as long as a group stays below ``share`` of an even stage. A plan of the
-groups can then always be had from a plan of the layers by moving less than one group across each
-border, and never cuts a heavier transfer for it.
+the heaviest transfers as long as a group stays below ``share`` of an even stage, so that a border
+lies less than that away from any layer, on each path it crosses. What planning groups loses in the end
+is never guessed: the plan is judged on the layers, against a bound on the plans of the layers.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ def deferred_norms(graph: ModelGraph) -> tuple[dict[fx.Node, Norm], dict[fx.Node
     for node in graph.graph.nodes:
         if node.target is not torch.ops.aten.add_.Tensor or not isinstance(node.args[0], fx.Node):
             continue
-        counter = counters.get(node.args[0], node.args[0].name)
+        before = node.args[0]
+        counter: str = counters[before] if before in counters else before.name
         owner, _, what = names.get(counter, "").rpartition(".")
         if what == _COUNTER and owner in owners:
             counters[node] = counter

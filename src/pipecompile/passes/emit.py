@@ -28,7 +28,8 @@ _RESERVED = re.compile(
 
 #: What generated training steps use besides.
 _RESERVED_IN_STEPS = frozenset(
-    "base draw edge_of edges filled grad held kept loss loss_of made number passed pending state sums trained".split()
+    "backward base draw edge_of edges filled forward grad gradients graph held kept learns link loss loss_of made message "
+    "number passed pending slip state sums target trained verdict weights".split()
 )
 
 

@@ -44,12 +44,12 @@ class LowerStep:
         Raises:
             ProgramError: as :func:`pipecompile.passes.lower.crossings`.
         """
-        forward = self._to_caller(graph, plan) if self.to_caller else self._forward(graph, plan)
+        forward = _edges(graph, crossings(graph, plan)) if self.to_caller else activations(graph, plan)
         users = weight_users(graph, plan, gradients.weights)
-        learns = _learning(users, forward, gradients.values)
+        learns = learning_stages(users, forward, gradients.values)
         backward = [
             Edge(
-                e.target, e.source, values, tuple(_gradient(graph.values[v]) for v in values), 0, 0,
+                e.target, e.source, values, tuple(gradient_spec(graph.values[v]) for v in values), 0, 0,
                 "gradient" if e.target == HOST else "",
             )
             for e in forward
@@ -62,21 +62,6 @@ class LowerStep:
         edges += _tied(gradients.weights, users, device_of)
         devices = (self._device(device, edges, learns, owners(users)) for device in program.devices)
         return Program(tuple(devices), tuple(edges), program.schedule)
-
-    def _forward(self, graph: ModelGraph, plan: Plan) -> list[Edge]:
-        last = len(plan.stages) - 1
-        found: defaultdict[tuple[int, int], dict[str, None]] = defaultdict(dict)
-        for (source, target), values in crossings(graph, plan).items():
-            end = last if target == HOST else target
-            if source != end:
-                found[source, end].update(dict.fromkeys(values))
-        for ref in graph.outputs:
-            if ref.kind == "input":
-                found[HOST, last][ref.name] = None
-        return _edges(graph, found)
-
-    def _to_caller(self, graph: ModelGraph, plan: Plan) -> list[Edge]:
-        return _edges(graph, crossings(graph, plan))
 
     def _sized(self, edge: Edge, program: Program, device_of: dict[int, int], ends: dict[Instruction, float]) -> Edge:
         """With enough slots that no sender waits when all work takes unit time; none within a device.
@@ -128,6 +113,20 @@ class LowerStep:
         return DeviceProgram(device.device, device.stages, tuple(steps), ())
 
 
+def activations(graph: ModelGraph, plan: Plan) -> list[Edge]:
+    """Edges for what stages read, from stage to stage and from the caller; outputs go to the last stage."""
+    last = len(plan.stages) - 1
+    found: defaultdict[tuple[int, int], dict[str, None]] = defaultdict(dict)
+    for (source, target), values in crossings(graph, plan).items():
+        end = last if target == HOST else target
+        if source != end:
+            found[source, end].update(dict.fromkeys(values))
+    for ref in graph.outputs:
+        if ref.kind == "input":
+            found[HOST, last][ref.name] = None
+    return _edges(graph, found)
+
+
 def _edges(graph: ModelGraph, found: Mapping[tuple[int, int], Iterable[str]]) -> list[Edge]:
     edges = [
         Edge(source, target, tuple(values), tuple(graph.values[v] for v in values), 0, 0)
@@ -166,7 +165,7 @@ def owners(users: dict[str, list[int]]) -> dict[int, list[str]]:
     return dict(owned)
 
 
-def _learning(users: dict[str, list[int]], forward: Iterable[Edge], differentiable: Collection[str]) -> set[int]:
+def learning_stages(users: dict[str, list[int]], forward: Iterable[Edge], differentiable: Collection[str]) -> set[int]:
     """Stages with something to differentiate: trained weights, or inputs that have gradients."""
     found = {stage for stages in users.values() for stage in stages}
     found |= {e.target for e in forward if e.source != HOST and any(v in differentiable for v in e.values)}
@@ -193,12 +192,12 @@ def _tied(weights: Mapping[str, TensorSpec], users: dict[str, list[int]], device
             if device != device_of[stages[0]]:
                 found[stage, stages[0]].append(name)
     return [
-        Edge(source, target, tuple(names), tuple(_gradient(weights[n]) for n in names), 0, 1, "tied")
+        Edge(source, target, tuple(names), tuple(gradient_spec(weights[n]) for n in names), 0, 1, "tied")
         for (source, target), names in found.items()
     ]
 
 
-def _gradient(spec: TensorSpec) -> TensorSpec:
+def gradient_spec(spec: TensorSpec) -> TensorSpec:
     """The layout in which a gradient travels: that of its value where it is dense, else contiguous."""
     if spec.dynamic:
         return spec
@@ -210,4 +209,4 @@ def _gradient(spec: TensorSpec) -> TensorSpec:
     return replace(spec, skew=0, stride=spec.stride if dense else tuple(stride))
 
 
-__all__ = ["LowerStep", "owners", "weight_users"]
+__all__ = ["LowerStep", "activations", "gradient_spec", "learning_stages", "owners", "weight_users"]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Literal
 
 from pipecompile.errors import PlanError
 from pipecompile.ir.program import Program
 from pipecompile.ir.training import StageCost, kept_at_once
-from pipecompile.schedules.recompute import recompute
+from pipecompile.schedules.recompute import RecomputeName, recompute
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Recompute:
         PlanError: for another mode, or ``auto`` without a limit.
     """
 
-    mode: Literal["none", "stage", "auto"] = "none"
+    mode: RecomputeName = "none"
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from pipecompile.ir.program import Program
 from pipecompile.passes.codegen import Codegen, stage_state
 from pipecompile.passes.emit import HEADER, Emitter
 from pipecompile.passes.observe import copies
+from pipecompile.passes.partition import calibrate
 from pipecompile.passes.profile import state_for_timing, whole_model
 
 
@@ -25,9 +26,11 @@ class Refine:
     """Correct a plan by measurement.
 
     The plan is cut again, at most ``rounds`` times, while the slowest stage takes more than
-    ``tolerance`` longer or shorter than predicted; the best balanced plan wins. ``budget`` is the
-    time in seconds for timing one stage. The whole model is timed in turns with the stages and all
-    comparisons are relative to it, so that a machine that changes its speed moves no cut.
+    ``tolerance`` longer or shorter than predicted; the best balanced plan wins. Layer times are
+    calibrated by all stages timed so far, of every cut tried. ``budget`` is the time in seconds for
+    timing one stage. The whole model is timed in turns with the stages and all comparisons are
+    relative to it, so that a machine that changes its speed moves no cut. Stages are timed on the
+    device the profile was taken on; on one of another speed they are taken to need that much longer.
     """
 
     tolerance: float = 0.10
@@ -47,25 +50,26 @@ class Refine:
     ) -> Plan:
         """The best measured plan among ``partition(profile)`` and its corrections."""
         plans: list[Plan] = []
+        timed: list[tuple[tuple[int, ...], float]] = []
+        known = profile
         seen: set[tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]] = set()
         for _ in range(self.rounds):
-            plan = partition(profile)
+            plan = partition(known)
             cut = tuple((stage.layers, stage.devices) for stage in plan.stages)
             if cut in seen:
                 break
             seen.add(cut)
             jobs = self._jobs(graph, module, tensors, leaves, plan, lower(plan))
             total, *times = measure.functions([whole_model(graph, module, tensors, leaves), *jobs], self.budget)
-            stages = tuple(replace(s, measured=t) for s, t in zip(plan.stages, times, strict=True))
+            speeds = [min(plan.cluster.devices[d].speed for d in s.devices) for s in plan.stages]
+            stages = tuple(replace(s, measured=t / v) for s, t, v in zip(plan.stages, times, speeds, strict=True))
             plans.append(replace(plan, stages=stages, total=total))
             drift = total / profile.total if profile.total else 1.0
             predicted = max((s.seconds + s.transfer) / len(s.devices) for s in stages) * drift
             if len(stages) == 1 or abs(plans[-1].slowest / predicted - 1) <= self.tolerance:
                 break
-            factors = {
-                i: t / s.seconds / drift for s, t in zip(plan.stages, times, strict=True) if s.seconds for i in s.layers
-            }
-            profile = profile.scaled(factors)
+            timed += [(stage.layers, took / drift) for stage, took in zip(stages, times, strict=True)]
+            known = calibrate(profile, timed)
         best = max(plans, key=lambda p: p.balance)
         if len(plans) > 1:
             note = f"cut {len(plans)} times by timing the finished stages: balance {plans[0].balance:.3f} at first, "

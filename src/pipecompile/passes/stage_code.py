@@ -17,7 +17,7 @@ from torch import fx
 
 from pipecompile.ir.graph import Layer, ModelGraph
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import HOST, DeviceProgram, Op, Program
+from pipecompile.ir.program import HOST, DeviceProgram, Edge, Op, Program
 from pipecompile.ir.training import Gradients
 from pipecompile.passes.codegen import define, indent, stage_state, title, tuple_of
 from pipecompile.passes.emit import HEADER, Emitter, local
@@ -84,6 +84,11 @@ class StepEmitter(Emitter):
         return lines
 
 
+def model_values(edge: Edge) -> list[str]:
+    """What of the model an edge carries, beside what is about its samples."""
+    return [value for value in edge.values if not value.startswith(":")]
+
+
 def edge_name(node: fx.Node) -> str:
     """The variable that holds the gradient edge of a node."""
     return f"at_{node.name}"
@@ -109,15 +114,17 @@ class StageWriter:
     late: dict[fx.Node, list[str]] = field(init=False)
     last: bool = field(init=False)
     written: list[int] = field(init=False)
+    more: str = field(init=False, default="")
+    """Further arguments of a whole backward's call of autograd."""
 
     def __post_init__(self) -> None:
         graph, edges = self.emit.model, self.program.edges
         forward = [e for e in edges if e.forward]
         own = {v for i in self.plan.stages[self.stage].layers for v in graph.layers[i].makes}
         final = self.stage == len(self.plan.stages) - 1
-        self.last = final and not any(e.target == HOST for e in edges)  # else the caller computes the loss
-        self.reads = list(dict.fromkeys(v for e in forward if e.target == self.stage for v in e.values))
-        makes = [v for e in forward if e.source == self.stage for v in e.values]
+        self.last = final and not any(e.target == HOST for e in forward)  # else the caller computes the loss
+        self.reads = list(dict.fromkeys(v for e in forward if e.target == self.stage for v in model_values(e)))
+        makes = [v for e in forward if e.source == self.stage for v in model_values(e)]
         if self.last:
             outputs = [ref.name for ref in graph.outputs if ref.kind == "value"]
             makes += [v for v in outputs if v in own or v in graph.free]
@@ -129,7 +136,7 @@ class StageWriter:
         self.leaves = [v for v in self.reads if v in self.gradients.values]
         self.results = [v for v in self.makes if v in self.gradients.values and not self.last]
         self.trained = [name for name in self.state if name in self.gradients.weights]
-        ops = {step.op for step in self.device.warm_up if step.stage == self.stage}
+        ops = {s.op for s in (*self.device.warm_up, *self.device.body) if s.stage == self.stage}
         self.late = self._late_weights() if Op.BACKWARD_WEIGHT in ops else {}
         written = {entry.name for entry in graph.state if entry.mutated}
         self.written = [i for i, name in enumerate(self.state) if name in written]
@@ -170,7 +177,7 @@ class StageWriter:
         if Op.RECOMPUTE in self._ops:
             parts += [self._forward("record"), self._first_forward(), self._second_forward()]
         else:
-            parts.append(self._forward("forward"))
+            parts.append(self._forward())
         if Op.BACKWARD in self._ops:
             parts.append(self._backward())
         if Op.BACKWARD_INPUT in self._ops:
@@ -206,7 +213,7 @@ class StageWriter:
         lines.append(f"return record_{self.stage}(draw, state, *reads)[1]")
         return define(f"again_{self.stage}", ["kept", "state"], self.width) + indent(lines)
 
-    def _forward(self, function: str) -> str:
+    def _forward(self, function: str = "forward") -> str:
         reads, makes = [self.name(v) for v in self.reads], [self.name(v) for v in self.makes]
         lines = ['"""One micro-batch: what to send on, and what to keep for the backward."""']
         lines += [f"{self.name(v)} = {self.name(v)}.detach().requires_grad_()" for v in self.leaves]
@@ -234,7 +241,7 @@ class StageWriter:
     def _backward(self) -> str:
         lines = ['"""Gradients of what the stage received; those of its weights are added to `sums`."""']
         lines += self._unpack(edges=False)
-        lines += self._grad([], self.trained, "")
+        lines += self._grad([], self.trained, self.more)
         lines += [f'sums.add("{w}", d_{self.name(w)})' for w in self.trained]
         return self._define_backward("backward", [*lines, self._return()])
 
@@ -306,4 +313,4 @@ def _wrapped(names: Sequence[str], value: str, width: int) -> str:
     return "(\n" + textwrap.indent(body, "    ") + f",\n) = {value}"
 
 
-__all__ = ["IMPORTS", "StageWriter", "StepEmitter"]
+__all__ = ["IMPORTS", "StageWriter", "StepEmitter", "model_values"]

@@ -8,7 +8,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,14 +16,13 @@ from pipecompile.errors import PipelineError, StageError, WorkerDied, WorkerHung
 from pipecompile.ir.cluster import Device, Link
 from pipecompile.ir.package import DeviceModule, Package
 from pipecompile.ir.program import Program
-from pipecompile.runtime import numerics
-from pipecompile.runtime.allocator import ENVIRONMENT
+from pipecompile.runtime import numerics, nursery
 from pipecompile.runtime.arena import Weights
 from pipecompile.runtime.channels.link import ports_of
 from pipecompile.runtime.channels.ring import clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge, allocate, attach
 from pipecompile.runtime.control import receive, send
-from pipecompile.runtime.lifeline import born_here
+from pipecompile.runtime.process import Process
 from pipecompile.runtime.records import Records
 
 _START_SECONDS = 60.0
@@ -46,30 +44,18 @@ class Worker:
             if stage.index in module.stages
         )
         self.limit = max(_HANG_SECONDS, _HANG_FACTOR * planned) if hang_seconds is None else hang_seconds
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Process | None = None
         self.control, self._theirs = socket.socketpair()
         self.control.settimeout(_START_SECONDS)
 
     def start(self, fds: Sequence[int]) -> None:
         """Start the process; it waits for its boot message."""
-        threads = str(self.device.threads)
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        environment = {
-            **os.environ,
-            **ENVIRONMENT,
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "PYTHONPATH": path,
-        }
-        command = [sys.executable, "-P", "-m", "pipecompile.runtime.worker", "--fd", str(self._theirs.fileno())]
-        self.process = born_here(
-            lambda: subprocess.Popen(
-                command,
-                pass_fds=[self._theirs.fileno(), self.records_fd, *fds],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        number = self._theirs.fileno()
+        self.process = nursery.start(
+            "pipecompile.runtime.worker",
+            ["--fd", str(number)],
+            [number, self.records_fd, *fds],
+            self.device.threads,
         )
         self._theirs.close()
 
@@ -165,7 +151,6 @@ class Crew:
             module = worker.module
             mine = tuple(dict.fromkeys(port.edge for port in worker.ports))
             boot: dict[str, Any] = {
-                "parent": self._owner,
                 "device": module.device,
                 "stages": list(module.stages),
                 "replica": module.replica,

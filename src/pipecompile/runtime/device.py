@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from pipecompile.ir.cluster import Link
 from pipecompile.ir.program import Program
 from pipecompile.runtime import numerics
 from pipecompile.runtime.arena import open_state
-from pipecompile.runtime.channels.link import DeviceLink, ports_of
+from pipecompile.runtime.channels.link import DeviceLink, PortInfo, ports_of
 from pipecompile.runtime.channels.ring import RingLayout, RingReceiver, RingSender, SampleFailed, clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge, attach
 from pipecompile.runtime.module import describe, execute, resume
@@ -39,8 +39,9 @@ def run(boot: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
         importlib.import_module(name)
     namespace = execute(boot["source"], boot["filename"])
     state = open_state(boot["arenas"], boot["state"])
-    ports = _ports(boot)
-    records = Records(attach(boot["records"]), len(ports))
+    here = ports_of(Program.from_json(boot["program"]).edges, boot["stages"], boot["replica"])
+    records = Records(attach(boot["records"]), len(here))
+    ports = _ports(boot, here, records.awake)
     for fd in (*boot["arenas"], boot["records"], *(fds[0] for fds in boot["edges"].values())):
         os.close(fd)
     link = DeviceLink(state, ports)
@@ -102,15 +103,14 @@ def _drive(
         port = next(steps)
 
 
-def _ports(boot: dict[str, Any]) -> list[RingReceiver | RingSender]:
-    edges = Program.from_json(boot["program"]).edges
+def _ports(boot: dict[str, Any], here: Sequence[PortInfo], awake: memoryview[float]) -> list[RingReceiver | RingSender]:
     made: list[RingReceiver | RingSender] = []
-    for index, port in enumerate(ports_of(edges, boot["stages"], boot["replica"])):
+    for index, port in enumerate(here):
         name = port.edge.name
         shared = SharedEdge(RingLayout.of(port.edge, boot["sizes"]), *boot["edges"][name])
         throttle = boot["throttle"].get(port.edge.between)
         if port.receives:
-            made.append(shared.receiver(index, Link(*throttle) if throttle else None))
+            made.append(shared.receiver(index, Link(*throttle) if throttle else None, awake))
         else:
-            made.append(shared.sender(index))
+            made.append(shared.sender(index, awake))
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -39,6 +40,10 @@ class Executor(Protocol):
         """
         ...
 
+    def late(self, on: bool) -> None:
+        """Have room for a sample only when the first stage waits for one, rather than let it wait inside."""
+        ...
+
     def wait(self, timeout: float | None = None, *, or_result: bool = True) -> bool:
         """Block until there is room for a sample; whether there is.
 
@@ -57,6 +62,10 @@ class Executor(Protocol):
 
     def nudge(self) -> None:
         """Make a :meth:`turn` in another thread come back early, or else the next one."""
+        ...
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Held while somebody waits for a single sample: devices then do not sleep until it reaches them."""
         ...
 
     def seconds(self, sample: int) -> tuple[float, ...]:

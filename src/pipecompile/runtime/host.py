@@ -48,6 +48,7 @@ class Host:
         self.rounds = [[receivers[edge.name] for edge in outputs if edge.carries(n)] for n in range(period)]
         self._fewest = min(edge.reach for edge in (*inputs, *outputs))
         self.senders = [senders[edge.name] for edge in inputs]
+        self._first = [senders[edge.name] for edge in inputs if edge.target == min(e.target for e in inputs)]
         self.receivers = [receivers[edge.name] for edge in outputs]
         # In each round there is one ring from each stage, in this order.
         from_each = list({edge.between: edge for edge in outputs}.values())
@@ -68,6 +69,11 @@ class Host:
         """Post every slot of the output rings."""
         for receiver in self.receivers:
             receiver.post_all()
+
+    def late(self, on: bool) -> None:
+        """See ``Executor.late``."""
+        for sender in self._first:
+            sender.late(on)
 
     def room(self) -> bool:
         """Whether every input ring of the next sample has a posted slot."""
@@ -175,7 +181,7 @@ class Host:
 
     def forget(self) -> None:
         """Let go of the rings' memory; counts and times stay."""
-        self.senders, self.receivers, self._inputs, self.rounds = [], [], [], []
+        self.senders, self.receivers, self._inputs, self.rounds, self._first = [], [], [], [], []
 
     def _leaf(
         self,

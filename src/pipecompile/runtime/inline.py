@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -169,6 +170,10 @@ class InlineSession:
         self._check()
         return self._host.submit(leaves)
 
+    def late(self, on: bool) -> None:
+        """Have room only when the first stage waits. See ``Executor.late``."""
+        self._host.late(on)
+
     def wait(self, timeout: float | None = None, *, or_result: bool = True) -> bool:
         """Run until there is room for a sample or a result to take. See ``Executor.wait``."""
         self._check()
@@ -183,6 +188,10 @@ class InlineSession:
 
     def nudge(self) -> None:
         """Nothing to do: a turn here computes, and comes back as soon as that is done."""
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Nobody sleeps here."""
+        return nullcontext()
 
     def seconds(self, sample: int) -> tuple[float, ...]:
         """What each stage spent on a sample. See ``Executor.seconds``."""

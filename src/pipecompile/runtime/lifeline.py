@@ -1,8 +1,9 @@
-"""A worker never outlives its parent, and never dies of one that lives.
+"""A worker never outlives its owner, the process whose pipeline it serves, and never dies of one that lives.
 
 In the worker: the kernel is asked to kill it when its parent dies, and a thread watches the
-control socket and the parent's process. Either alone has a gap. The thread needs the GIL, which
-an extension that hangs may hold; the kernel does not know of a socket that was closed.
+control socket and the owner's process. Either alone has a gap. The thread needs the GIL, which
+an extension that hangs may hold; the kernel does not know of a socket that was closed. The parent
+is the owner, or else the server that forked the worker, which is killed with its own parent, the owner.
 
 In the parent: the kernel binds its promise to the thread that forked the worker, so workers
 started from a thread that ends sooner than their pipeline would be killed with it. One daemon
@@ -63,24 +64,31 @@ def _forked() -> None:
 os.register_at_fork(after_in_child=_forked)
 
 
-def die_with(parent: int) -> None:
-    """In a worker: have the kernel kill this process when its parent ends."""
+def die_with(parent: int) -> int:
+    """Have the kernel kill this process when its parent ends.
+
+    Returns:
+        A descriptor that becomes readable at the parent's end; -1 where the kernel has none.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ends = -1
+    with contextlib.suppress(OSError):
+        ends = os.pidfd_open(parent)
     if os.getppid() != parent:
         os._exit(0)
+    return ends
 
 
-def watch(control: socket.socket, parent: int) -> None:
-    """In a thread of a worker: leave at once when told to, or when the parent is gone.
+def watch(control: socket.socket, owner: int) -> None:
+    """In a thread of a worker: leave at once when told to, or when the owner is gone.
 
-    The parent's process is watched as well as its socket: a child it forked may hold a copy of
-    the socket open.
+    The owner's process is watched (by its pidfd, or -1) as well as its socket: a child it forked
+    may hold a copy of the socket open.
     """
     poller = select.poll()
     poller.register(control, select.POLLIN)
-    with contextlib.suppress(OSError):
-        poller.register(os.pidfd_open(parent), select.POLLIN)
-    if os.getppid() == parent:
-        poller.poll()
+    if owner >= 0:
+        poller.register(owner, select.POLLIN)
+    poller.poll()
     os._exit(0)

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,13 @@ import torch
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.graph import TensorSpec
 from pipecompile.ir.measure import Job
+from pipecompile.ir.package import Package
 from pipecompile.ir.program import Edge
 from pipecompile.runtime.allocator import keeping
 from pipecompile.runtime.channels.shared_memory import SharedEdge
 from pipecompile.runtime.module import execute
 from pipecompile.runtime.numerics import stage_mode
+from pipecompile.runtime.trial import stream_rates
 
 _WARM_UP = 2
 _MIN_REPEATS = 3
@@ -82,7 +84,7 @@ class CpuMeasure:
         )
 
     def functions(self, jobs: Sequence[Job], budget: float) -> list[float]:
-        """Median seconds of each job. See ``Measure``."""
+        """Seconds of each job. See ``Measure``."""
         runs = [_timed(execute(job.source, "<measured stage>")[job.function], job.arguments) for job in jobs]
         times: list[list[float]] = [[] for _ in jobs]
         with self._quiet([argument for job in jobs for argument in job.arguments]):
@@ -92,7 +94,13 @@ class CpuMeasure:
                     break
                 for once, seen in zip(runs, times, strict=True):
                     seen += _repeat(once, budget / _TURNS)
-        return [statistics.median(seen) for seen in times]
+        return [_undisturbed(seen) for seen in times]
+
+    def streams(
+        self, packages: Sequence[Package], tensors: Mapping[str, torch.Tensor], leaves: Sequence[Any]
+    ) -> list[float]:
+        """Samples a second of each package in workers. See ``Measure``."""
+        return stream_rates(packages, tensors, leaves)
 
     def link(self) -> Link:
         """Busy time of a sender's end, from messages of 4 KiB and 4 MiB to another process.
@@ -153,6 +161,11 @@ def _timed(run: Callable[..., Any], arguments: Sequence[Any]) -> Callable[[], fl
         return now() - begin
 
     return once
+
+
+def _undisturbed(times: Sequence[float]) -> float:
+    """The lower quartile: other work only ever adds to a time, and may do so most of the time."""
+    return statistics.quantiles(times, n=4, method="inclusive")[0]
 
 
 def _repeat(once: Callable[[], float], budget: float) -> list[float]:

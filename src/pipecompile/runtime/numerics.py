@@ -24,7 +24,10 @@ def restore(settings: dict[str, Any]) -> None:
     """Apply a snapshot to this process."""
     torch.set_default_dtype(getattr(torch, settings["default_dtype"]))
     torch.set_float32_matmul_precision(settings["matmul_precision"])
-    torch.use_deterministic_algorithms(settings["deterministic"], warn_only=settings["warn_only"])
+    wanted = settings["deterministic"], settings["warn_only"]
+    # Setting it tells torch's compiler, too, which takes a second to import.
+    if wanted != (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()):
+        torch.use_deterministic_algorithms(wanted[0], warn_only=wanted[1])
     torch.backends.mkldnn.set_flags(settings["mkldnn"])
 
 

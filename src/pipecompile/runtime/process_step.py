@@ -7,7 +7,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,15 +20,14 @@ from pipecompile.ir.cluster import Link
 from pipecompile.ir.package import DeviceModule
 from pipecompile.ir.program import HOST
 from pipecompile.ir.training import StepPackage, StepRequest
-from pipecompile.runtime import numerics, pickled
-from pipecompile.runtime.allocator import ENVIRONMENT
+from pipecompile.runtime import numerics, nursery, pickled
 from pipecompile.runtime.arena import adopt
 from pipecompile.runtime.channels.link import PortInfo, ports_of
 from pipecompile.runtime.channels.ring import clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge, allocate, attach
 from pipecompile.runtime.executor import bounds
 from pipecompile.runtime.host_step import HostPorts
-from pipecompile.runtime.lifeline import born_here
+from pipecompile.runtime.process import Process
 from pipecompile.runtime.records import Records
 from pipecompile.runtime.step_device import Boot
 from pipecompile.runtime.step_run import Outcome, failure, written_by
@@ -329,27 +327,15 @@ class Worker:
         self.records = Records(attach(self.records_fd), len(ports) + 1)
         self.control, self._their_control = socket.socketpair()
         self.commands, self._their_commands = socket.socketpair()
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Process | None = None
 
     def start(self, fds: Sequence[int], core: int | None, threads: int) -> None:
         """Start the process; it waits for its boot message."""
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        count = str(threads)
-        environment = {
-            **os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "PYTHONPATH": path,
-        }  # fmt: skip
         theirs = [self._their_control.fileno(), self._their_commands.fileno()]
-        command = [sys.executable, "-P", "-m", "pipecompile.runtime.step_worker"]
-        command += ["--control", str(theirs[0]), "--commands", str(theirs[1])]
-        command += ["--parent", str(os.getpid()), "--core", str(-1 if core is None else core)]
-        self.process = born_here(
-            lambda: subprocess.Popen(
-                command,
-                pass_fds=[*theirs, self.records_fd, *fds],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        arguments = ["--control", str(theirs[0]), "--commands", str(theirs[1])]
+        arguments += ["--core", str(-1 if core is None else core)]
+        self.process = nursery.start(
+            "pipecompile.runtime.step_worker", arguments, [*theirs, self.records_fd, *fds], threads
         )
         self._their_control.close()
         self._their_commands.close()

@@ -19,6 +19,7 @@ from pipecompile.runtime.channels.link import PortInfo
 SAMPLES = 4096
 
 _HEADER = 64
+_AWAKE = 32
 _FIELDS = 4
 _RECORD = 8 * _FIELDS
 
@@ -40,6 +41,8 @@ class Records:
         self.capacity = SAMPLES * max(1, ports)
         view = memoryview(memory)
         self.count = view[:_HEADER].cast("q")
+        self.awake = view[_AWAKE : _AWAKE + 8].cast("d")
+        """Until when the device had better not sleep while it waits; written by the parent."""
         self.log = view[_HEADER : _HEADER + self.capacity * _RECORD].cast("d")
 
     @staticmethod
@@ -52,6 +55,7 @@ class Records:
         made = Records.__new__(Records)
         made.capacity, made.count = self.capacity, memoryview(bytes(self.count)).cast("q")
         made.log = memoryview(bytes(self.log)).cast("d")
+        made.awake = self.awake
         return made
 
     def last(self) -> Wait | None:

@@ -9,7 +9,7 @@ import select
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from pipecompile.ir.program import HOST
 from pipecompile.ir.timeline import Timeline
 from pipecompile.runtime.arena import adopt
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender, SampleFailed, clock
-from pipecompile.runtime.channels.shared_memory import SharedEdge
+from pipecompile.runtime.channels.shared_memory import SharedEdge, rouse
 from pipecompile.runtime.crew import Crew
 from pipecompile.runtime.executor import ResultTimeout, bounds, check_package, on_the_way
 from pipecompile.runtime.host import Host
@@ -30,6 +30,10 @@ from pipecompile.runtime.records import DeviceRecord, timeline
 
 #: How long ``close`` lets samples in flight be computed before it kills.
 _GRACE_SECONDS = 5.0
+#: How long devices stay awake after a call: another may follow at once.
+_LINGER_SECONDS = 0.0003
+#: How much longer than planned devices stay awake for a sample: the caller may be late with it.
+_LATE_SECONDS = 0.001
 
 
 class Session:
@@ -88,7 +92,8 @@ class Session:
             for edge in package.program.edges:
                 edges[edge.name] = shared = SharedEdge.create(edge, sizes)
                 passed.append(shared.memory)
-                (kept if HOST in (edge.source, edge.target) else passed).extend(shared.fds[1:])
+                kept.append(shared.arrivals)
+                (kept if HOST in (edge.source, edge.target) else passed).append(shared.credits)
             senders = {e.name: edges[e.name].sender() for e in package.program.edges if e.source == HOST}
             receivers = {
                 e.name: edges[e.name].receiver(throttle=throttle.get(e.between))
@@ -103,6 +108,17 @@ class Session:
             for fd in passed:
                 os.close(fd)
         self._wake, self._nudge = kept[:2]
+        # Where devices share cores, one that does not sleep takes the time of another.
+        cores = [worker.device.core for worker in self._crew.workers]
+        apart = None not in cores and len(set(cores)) == len(cores)
+        self._awake = [worker.records.awake for worker in self._crew.workers] if apart else []
+        self._inner = [
+            edges[edge.name].arrivals
+            for edge in package.program.edges
+            if apart and HOST not in (edge.source, edge.target)
+        ]
+        planned = [stage.seconds if stage.measured is None else stage.measured for stage in package.plan.stages]
+        self._patience = 3 * sum(planned) + _LATE_SECONDS
         self._arrivals: dict[int, RingReceiver] = {edges[r.edge].arrivals: r for r in self._host.receivers}
         self._credits: dict[int, RingSender] = {edges[s.edge].credits: s for s in self._host.senders}
         self._news = News(self._crew)
@@ -156,6 +172,10 @@ class Session:
             self._check()
             return self._host.submit(leaves)
 
+    def late(self, on: bool) -> None:
+        """Have room only when the first stage waits. See ``Executor.late``."""
+        self._host.late(on)
+
     def wait(self, timeout: float | None = None, *, or_result: bool = True) -> bool:
         """Block until there is room for a sample or a result to take. See ``Executor.wait``."""
         with self._submitting:
@@ -187,6 +207,23 @@ class Session:
             # Never after _release: the number of a closed descriptor may be another file's by then.
             if not self._closed:
                 os.eventfd_write(self._nudge, 1)
+
+    @contextlib.contextmanager
+    def awake(self) -> Generator[None]:
+        """Keep devices from sleeping; see ``Executor.awake``. Only where each has a core of its own."""
+        until = clock() + self._patience
+        for word in self._awake:
+            word[0] = until
+        with self._news.lock:
+            if not self._closed:
+                for fd in self._inner:
+                    rouse(fd)
+        try:
+            yield
+        finally:
+            until = clock() + _LINGER_SECONDS
+            for word in self._awake:
+                word[0] = until
 
     def seconds(self, sample: int) -> tuple[float, ...]:
         """What each stage spent on a sample. See ``Executor.seconds``."""

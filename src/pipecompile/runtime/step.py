@@ -220,7 +220,8 @@ def place(error: BaseException, filename: str, stages: Sequence[int]) -> Place:
             stage = int(found[1]) if found else stage
             first = frame.f_code.co_firstlineno
             above = (linecache.getline(filename, i).strip() for i in range(number, first, -1))
-            layer = next((text.lstrip("# ") for text in above if text.startswith("#")), layer)
+            if found or frame.f_code.co_name == "step":
+                layer = next((text.lstrip("# ") for text in above if text.startswith("#")), layer)
             line = f"{filename}:{number}: {linecache.getline(filename, number).strip()}"
     return Place(stage, layer, line)
 

@@ -50,6 +50,10 @@ class Boot:
     numerics: dict[str, Any]
     imports: tuple[str, ...]
 
+    def device(self, commands: socket.socket) -> StepDevice:
+        """What runs in the worker."""
+        return StepDevice(self, commands)
+
 
 class StepDevice:
     """Answers the commands of the trainer; see :class:`pipecompile.runtime.process_step.ProcessTrainer`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -100,6 +101,10 @@ class Surviving:
         """Whether what is in flight has to come out first, so that a snapshot can be taken."""
         return bool(self._written) and self.in_flight > 0 and self._submitted - self._snapshot_at >= self._every
 
+    def late(self, on: bool) -> None:
+        """Of the executor of now. See ``Executor.late``."""
+        self._inner.late(on)
+
     def wait(self, timeout: float | None = None, *, or_result: bool = True) -> bool:
         """Block until there is room for a sample or a result to take. See ``Executor.wait``."""
         with self._lock:
@@ -118,6 +123,10 @@ class Surviving:
     def nudge(self) -> None:
         """Make a ``turn`` in another thread come back early, or else the next one."""
         self._inner.nudge()
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Keep the devices of now from sleeping; see ``Executor.awake``."""
+        return self._inner.awake()
 
     def poll(self) -> tuple[int, list[Any]] | None:
         """The next result if it is there, else None."""

@@ -1,7 +1,7 @@
-"""The process of one CPU device: ``python -P -m pipecompile.runtime.worker --fd N``.
+"""The process of one CPU device: ``python -P -m pipecompile.runtime.worker --fd N --parent PID``, or a fork.
 
 Everything it needs comes over the control socket ``N``. It ends when its stream ends, when its
-module raises, and when the other side of the socket or the parent process is gone.
+module raises, and when the other side of the socket or its owner is gone.
 """
 
 from __future__ import annotations
@@ -14,24 +14,31 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from pipecompile.runtime.control import receive, send
 from pipecompile.runtime.lifeline import die_with, watch
 
 
-def main() -> NoReturn:
-    """Read the boot message, run the device module, leave."""
+def main(arguments: Sequence[str] | None = None, owner: int | None = None) -> NoReturn:
+    """Read the boot message, run the device module, leave.
+
+    ``owner`` is the pidfd of the process to live with; by default that is the parent.
+    """
     # The caller decides what an interrupt means; workers go when the caller closes them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
-    control = socket.socket(fileno=parser.parse_args().fd)
+    parser.add_argument("--parent", type=int, required=True)
+    options = parser.parse_args(arguments)
+    control = socket.socket(fileno=options.fd)
+    if owner is None:
+        owner = die_with(options.parent)
     boot = receive(control)
     if boot is None:
         os._exit(0)
-    die_with(boot["parent"])
-    threading.Thread(target=watch, args=(control, boot["parent"]), daemon=True).start()
+    threading.Thread(target=watch, args=(control, owner), daemon=True).start()
     _leave(_serve(control, boot))
 
 

@@ -14,8 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Literal
 
 from pipecompile.ir.program import Instruction, Op, Program
+
+RecomputeName = Literal["none", "stage", "auto"]
 
 _BACKWARD = (Op.BACKWARD, Op.BACKWARD_INPUT)
 
@@ -46,4 +49,4 @@ def recomputed(program: Program) -> frozenset[int]:
     return frozenset(s.stage for device in program.devices for s in device.warm_up if s.op is Op.RECOMPUTE)
 
 
-__all__ = ["recompute", "recomputed"]
+__all__ = ["RecomputeName", "recompute", "recomputed"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
@@ -14,6 +15,8 @@ from pipecompile.schedules.one_f_one_b import one_f_one_b
 from pipecompile.schedules.step import loop, vee
 from pipecompile.schedules.zb_h1 import zb_h1
 from pipecompile.schedules.zb_v import zb_v
+
+ScheduleName = Literal["auto", "gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zb_v"]
 
 
 @dataclass(frozen=True)
@@ -41,4 +44,4 @@ STEP_SCHEDULES: Mapping[str, StepSchedule] = {
     "zb_v": StepSchedule(zb_v, chunks=2, folded=True, splits=True),
 }
 
-__all__ = ["STEP_SCHEDULES", "StepSchedule"]
+__all__ = ["STEP_SCHEDULES", "ScheduleName", "StepSchedule"]

@@ -19,9 +19,11 @@ def call(engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> An
         entry, end = Entry(0, None, 0.0), "failed"
         engine.ledger.open(entry)
         try:
-            while (number := session.submit(leaves)) is None:  # a worker has yet to offer its first slot
-                engine.guard(session.wait)
-            result = engine.rebuild(_result(engine, number))
+            with session.awake():
+                while (number := session.submit(leaves)) is None:  # a worker has yet to offer its first slot
+                    engine.guard(session.wait)
+                found = _result(engine, number)
+            result = engine.rebuild(found)
             end: End = "delivered"
             return result
         finally:

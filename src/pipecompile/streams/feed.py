@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -79,6 +80,14 @@ class Feed:
             self.drop(dropped)
         return gone
 
+    def hurries(self, entry: Entry) -> bool:
+        """Whether who moves samples must be told of one about to be offered. Needs ``changed``.
+
+        Being woken takes time from the stages. When the pipeline is full it looks at the entrance
+        anyway as soon as a result comes, and when a sample waits already it is waiting for room.
+        """
+        return entry.due < math.inf or (not self.entrance and len(self.inside) < self.limit)
+
     def drop(self, entry: Entry) -> None:
         """Book a sample that was turned away."""
         late = clock() - entry.due
@@ -127,7 +136,9 @@ class Feed:
         if entry.error is None:
             assert entry.leaves is not None
             try:
-                number = self.session.submit(entry.leaves)
+                session = self.session
+                session.late(self.options.on_overload == "latest")
+                number = session.submit(entry.leaves)
             except InputError as error:
                 entry.error = _at(error, entry)
             else:

@@ -247,8 +247,9 @@ class _Reader(threading.Thread):
                 with feed.changed:
                     if self._stopped:
                         return
-                    feed.offer(feed.entry(item))
-                    session = feed.engine.session
+                    entry = feed.entry(item)
+                    session = feed.engine.session if feed.hurries(entry) else None
+                    feed.offer(entry)
                 if session is not None:
                     session.nudge()
         except BaseException as error:

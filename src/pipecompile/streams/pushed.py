@@ -56,12 +56,12 @@ class Pushed:
             entry.ticket = ticket = Ticket(entry.sequence, pts)
             if callback is not None:
                 ticket.add_done_callback(lambda _, ticket=ticket: callback(ticket))
+            session = engine.session if feed.hurries(entry) else None
             gone = feed.offer(entry)
             self._pending += 1
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="pipecompile-tickets", daemon=True)
                 self._thread.start()
-            session = engine.session
         for dropped in gone:
             self._turn_away(dropped)
         if session is not None:

@@ -17,6 +17,7 @@ from pipecompile.ir.profile import Profile
 from pipecompile.ir.tree import Tree
 from pipecompile.passes.lower import Lower
 from pipecompile.passes.partition import HOST, Partition, Training, Value, Weight, problem_of, with_memory
+from pipecompile.passes.partition.requests import find_layers
 from pipecompile.passes.schedule import Schedule
 
 SPEC = TensorSpec((250,), "float32", (1,))
@@ -227,6 +228,32 @@ def test_pins_and_colocation_by_pattern() -> None:
     plan = plan_of(graph, cluster_of(2), colocate=["*"])
     assert len(plan.stages) == 1
     assert any("1 parts" in note for note in plan.notes)
+
+
+def test_the_exact_name_of_a_layer_means_no_layer_below_it() -> None:
+    graph = graph_of(
+        dataclasses.replace(layer("net", ("x",), ("a",)), module="net"),
+        dataclasses.replace(layer("net.inner:add", ("a",), ("b",)), module="net.inner"),
+        dataclasses.replace(layer("net.inner:add.2", ("b",), ("c",)), module="net.inner"),
+        dataclasses.replace(layer("net.inner[1]", ("c",), ("d",)), module="net.inner"),
+        outputs=(OutputRef("value", "d"),),
+    )
+    meant = {
+        "net": [0],
+        "net.inner:add": [1],
+        "net.inner[1]": [3],
+        "net.*": [0, 1, 2, 3],
+        "net.inner": [1, 2, 3],
+        "net.inner.*": [1, 2, 3],
+        "net.inner:*": [1, 2],
+        "*add.2": [2],
+        "*.inner": [1, 2, 3],
+    }
+    assert {pattern: find_layers(graph, pattern) for pattern in meant} == meant
+    every = {"net": "cpu:0", "net.inner:add": "cpu:0", "net.inner:add.2": "cpu:1", "net.inner[1]": "cpu:1"}
+    assert [stage.layers for stage in plan_of(graph, cluster_of(2), pin=every).stages] == [(0, 1), (2, 3)]
+    every["net.inner:add"] = "cpu:1"
+    assert [stage.layers for stage in plan_of(graph, cluster_of(2), pin=every).stages] == [(0,), (1, 2, 3)]
 
 
 def test_memory_limits_of_devices() -> None:

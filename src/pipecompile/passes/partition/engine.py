@@ -7,6 +7,7 @@ output with ``("answer", values, bound, complete)``, ``("infeasible", ...)`` or 
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import pickle
@@ -123,6 +124,11 @@ def run_cbc(request: dict[str, Any]) -> Reply:
 
 def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     """Answer requests until there are no more."""
+    for module in ("pulp", "highspy"):  # before the first request, which need not wait for them then
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            pass  # whoever needs it says so
     while True:
         try:
             request = pickle.load(requests)

@@ -251,6 +251,17 @@ class Problem:
                 reach[v] |= reach[u]
         return reach
 
+    @cached_property
+    def around(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Cost of each layer with all that must come before it, and with all that must come after it."""
+        cost = np.asarray(self.cost, dtype=np.float64)
+        ahead, behind = np.zeros(self.layers), np.zeros(self.layers)
+        for low in range(0, self.layers, 256):  # in pieces, because the product is taken of a copy
+            reach = self.ancestors[low : low + 256].astype(np.float64)
+            ahead[low : low + 256] = reach @ cost
+            behind += cost[low : low + 256] @ reach
+        return ahead, behind
+
     def seconds(self, device: int) -> NDArray[np.float64]:
         """What each layer would cost on ``device``. Shape (layers,)."""
         place = self.places[device]

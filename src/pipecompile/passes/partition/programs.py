@@ -62,13 +62,14 @@ class Programs:
         self.engine = Engine()
 
     def __enter__(self) -> Programs:
+        self.engine.warm()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.engine.kill()
 
     def run(self, task: Task, seconds: float) -> None:
-        """Go on with one arrangement for about ``seconds``: raises its bound, improves the incumbent."""
+        """Go on with one arrangement for about ``seconds`` of solving: raises its bound, improves the incumbent."""
         search, arrangement = self.search, task.arrangement
         deadline = time.perf_counter() + seconds
         while not task.done and self.names:
@@ -139,12 +140,16 @@ class Programs:
         self, arrangement: Arrangement, windows: Windows, limit: float, exact: bool, deadline: float,
         floor: float | None = None,
     ) -> Answer | None:
-        """Build and solve one model; solvers that fail are struck off. None: no answer."""
-        search = self.search
+        """Build and solve one model; solvers that fail are struck off. None: no answer.
+
+        Building does not count towards the ``deadline``, only towards the time limit of the whole search.
+        """
+        search, begun = self.search, time.perf_counter()
         model = build(self.problem, arrangement, windows, limit, exact, search.bound if floor is None else floor, self.empties)
         if model.impossible:
             return Answer(None, 0.0, infeasible=True)
         start = model.positions(search.best) if search.best is not None else None
+        deadline += time.perf_counter() - begun
         while self.names:
             left = min(search.left, deadline - time.perf_counter())
             if left <= 0:

@@ -17,17 +17,23 @@ Size = float | str
 
 
 def find_layers(graph: ModelGraph, pattern: str) -> list[int]:
-    """Indices of the layers a pattern means: by layer name, by module path, or all inside a module.
+    """Indices of the layers a pattern means: one layer by its very name, or all whose name or module matches.
 
-    ``*`` and ``?`` match as in file names; ``"encoder"`` and ``"encoder.*"`` both mean the whole module.
+    ``*`` and ``?`` match as in file names. A layer's exact name, as plans print it, means that layer
+    alone, whatever lies below it; else ``"encoder"`` means the whole module, as ``"encoder.*"`` always does.
 
     Raises:
         PlanError: if it matches none, with the nearest name.
     """
+    exact = [index for index, layer in enumerate(graph.layers) if layer.name == pattern]
+    if exact:
+        return exact
+    module = pattern.removesuffix(".*")
     found = [
         index
         for index, layer in enumerate(graph.layers)
-        if any(fnmatch.fnmatchcase(name, p) for name in (layer.name, layer.module) for p in (pattern, f"{pattern}.*"))
+        if fnmatch.fnmatchcase(layer.name, pattern)
+        or any(fnmatch.fnmatchcase(layer.module, inside) for inside in (module, f"{module}.*"))
     ]
     if not found:
         known = dict.fromkeys(name for layer in graph.layers for name in (layer.name, layer.module) if name)

@@ -45,6 +45,13 @@ MOST_ARRANGEMENTS = 400
 #: that goes into improving the best plan.
 FIRST_TURN, POLISH = 0.5, 0.5
 
+#: Undecided choices above which a program is unlikely to be solved in its first turn: the best plan is
+#: improved before it, which narrows the windows.
+HARD = 200
+
+#: Layers above which a plan of merged layers comes first.
+LARGE = 4_000
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -75,16 +82,16 @@ class Solution:
 
 
 def solve(
-    problem: Problem, time_limit: float = 10.0, gap: float = 1e-4, solver: SolverName = "auto", coarsen: int = 0
+    problem: Problem, time_limit: float = 10.0, gap: float = 1e-4, solver: SolverName = "auto", coarsen: int = LARGE
 ) -> Solution:
     """Place the problem's layers.
 
     The dynamic programs along topological orders always run. The one over all downsets, where they
     are few, and the integer program get what is left of ``time_limit`` seconds and stop at a relative
     ``gap``. ``auto`` tries HiGHS, then CBC; ``highs`` and ``cbc`` leave out the program over all
-    downsets; ``none`` the integer program. ``coarsen``: merge layers until so many groups are left,
-    plan those, and only improve the borders of that plan on the layers; the bound then is the plain
-    one of even shares.
+    downsets; ``none`` the integer program. Of a graph with more layers than ``coarsen`` so many merged
+    groups are planned, in half the time, and only the borders of that plan are improved on the layers;
+    the bound then is the plain one of even shares.
 
     Raises:
         PlanError: if no placement meets the constraints (with the constraint and the amount), if
@@ -97,8 +104,8 @@ def solve(
     started = time.perf_counter()
     contraction = forced(problem)
     search = _Search(contraction.problem, gap, started + time_limit)
-    if coarsen and contraction.problem.layers > coarsen:
-        search.coarse(solver, coarsen, 0.8)
+    if contraction.problem.layers > coarsen:
+        search.coarse(solver, coarsen, 0.5)
         search.polish(solver)
     if search.best is None:
         search.run(solver)
@@ -268,6 +275,9 @@ class _Search:
             found.pop()
         tasks = [Task(arrangement) for arrangement in found]
         with Programs(self, names, empties) as programs:
+            if len(tasks) == 1 and self.best is not None:
+                if programs.windows(found[0], self.objective).undecided > HARD:
+                    programs.polish(time.perf_counter() + self.left * POLISH)
             for round in range(3):
                 # A short turn each; then the best plan is improved; then the easy ones come first, so that
                 # the hard ones have what is left.

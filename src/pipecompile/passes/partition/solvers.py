@@ -65,6 +65,13 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.kill()
 
+    def warm(self) -> None:
+        """Start the process, so that it imports its solvers while the first model is being built."""
+        try:
+            self._running()
+        except SolverFailed:
+            pass  # the first request says so
+
     def solve(self, name: str, model: Model, start: Assignment | None, seconds: float, gap: float) -> Answer:
         """Solve the model with the named solver, from layers at the positions ``start`` if given.
 

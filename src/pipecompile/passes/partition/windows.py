@@ -42,12 +42,7 @@ class Windows:
 def stage_windows(problem: Problem, arrangement: Arrangement, limit: float) -> Windows:
     """Windows that every placement on ``arrangement`` with loads of at most ``limit`` seconds respects."""
     stages = len(arrangement)
-    cost = np.asarray(problem.cost, dtype=np.float64)
-    ahead, behind = np.zeros(problem.layers), np.zeros(problem.layers)
-    for low in range(0, problem.layers, 256):  # in pieces, because the product is taken of a copy
-        reach = problem.ancestors[low : low + 256].astype(np.float64)
-        ahead[low : low + 256] = reach @ cost
-        behind += cost[low : low + 256] @ reach
+    ahead, behind = problem.around
 
     def needed(work: NDArray[np.float64], order: Arrangement) -> NDArray[np.intp]:
         """How many of the stages, taken in order, are too few to hold ``work``."""

@@ -122,20 +122,25 @@ class RingSender:
     """The sending end. ``sample`` is the next message to put; they are ``stride`` apart."""
 
     __slots__ = (
-        "_add", "_count", "_credit", "_last", "_read", "_slots", "_stride", "_wait", "edge", "index", "sample",
+        "_add", "_count", "_credit", "_last", "_read", "_reserve", "_slots", "_stride", "_wait",
+        "edge", "index", "sample",
     )  # fmt: skip
 
     def __init__(self, ring: Ring, arrivals: Signal, credits: Signal, index: int = 0) -> None:
         self.edge, self.index, self.sample = ring.edge.name, index, ring.edge.first
-        self._slots, self._count, self._credit = ring.slots, len(ring.slots), 0
+        self._slots, self._count, self._credit, self._reserve = ring.slots, len(ring.slots), 0, 0
         self._stride, self._last = ring.edge.stride, ring.last
         self._add, self._wait, self._read = arrivals.add, credits.wait, credits.read
 
+    def late(self, on: bool) -> None:
+        """Be ready only when the receiver has posted all slots, so that a message waits for nobody."""
+        self._reserve = self._count - 1 if on else 0
+
     def ready(self) -> bool:
         """Whether the receiver has posted a slot."""
-        if not self._credit:
-            self._credit = self._read()
-        return self._credit > 0
+        if self._credit <= self._reserve:
+            self._credit += self._read()
+        return self._credit > self._reserve
 
     def take(self) -> None:
         """Block until the receiver has posted a slot."""

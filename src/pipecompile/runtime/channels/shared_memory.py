@@ -13,7 +13,7 @@ from functools import partial
 from pipecompile.errors import PipelineError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.program import Edge
-from pipecompile.runtime.channels.ring import Ring, RingLayout, RingReceiver, RingSender
+from pipecompile.runtime.channels.ring import Ring, RingLayout, RingReceiver, RingSender, clock
 
 
 def allocate(name: str, nbytes: int) -> int:
@@ -45,19 +45,57 @@ def attach(fd: int) -> mmap.mmap:
     return mapped
 
 
-class EventSignal:
-    """An eventfd. The descriptor blocks: only its one reader reads, after a poll where it must not block."""
+#: The lower half of an eventfd counts; the upper half is there to wake its reader without a message.
+_COUNT = (1 << 32) - 1
 
-    def __init__(self, fd: int) -> None:
+
+#: One turn of the loop takes about 2 us: after so long somebody else has had the core.
+_PREEMPTED_SECONDS = 0.0005
+#: For how long the core is then left to others while waiting.
+_YIELD_SECONDS = 1.0
+
+
+def rouse(fd: int) -> None:
+    """Wake the reader of a signal that a device waits for: it sees to its ``awake`` word and waits on."""
+    os.eventfd_write(fd, _COUNT + 1)
+
+
+class EventSignal:
+    """An eventfd. The descriptor blocks: only its one reader reads, after a poll where it must not block.
+
+    Args:
+        fd: the descriptor.
+        awake: one word, a time. Before it the reader looks again and again in place of sleeping:
+            a core that sleeps takes its time to come back, and is slower at first. Where somebody
+            else wants the core it sleeps after all.
+    """
+
+    def __init__(self, fd: int, awake: memoryview[float] | None = None) -> None:
         self.fd = fd
         self.add = partial(os.eventfd_write, fd, 1)
-        self.wait = partial(os.eventfd_read, fd)
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
+        self._asleep_until = 0.0
+        self.wait = partial(os.eventfd_read, fd) if awake is None else partial(self._watchful, awake)
 
     def read(self) -> int:
         """Empty the counter without blocking and return what it held (perhaps 0)."""
-        return os.eventfd_read(self.fd) if self._poll.poll(0) else 0
+        return os.eventfd_read(self.fd) & _COUNT if self._poll.poll(0) else 0
+
+    def _watchful(self, awake: memoryview[float]) -> int:
+        fd, poll = self.fd, self._poll.poll
+        while True:
+            until, last = awake[0], clock()
+            if last > self._asleep_until:
+                while last < until and not poll(0):
+                    now = clock()
+                    # After a call the caller itself may have had the core.
+                    if now - last > _PREEMPTED_SECONDS and awake[0] == until > now:
+                        self._asleep_until = now + _YIELD_SECONDS
+                        break
+                    until, last = awake[0], now
+            if count := os.eventfd_read(fd) & _COUNT:
+                return count
 
 
 @dataclass(frozen=True)
@@ -82,12 +120,14 @@ class SharedEdge:
         """Everything that has to be passed on and closed."""
         return self.memory, self.arrivals, self.credits
 
-    def sender(self, index: int = 0) -> RingSender:
+    def sender(self, index: int = 0, awake: memoryview[float] | None = None) -> RingSender:
         """The sending end. Make at most one of each end per edge."""
         ring = Ring.map(attach(self.memory), self.layout)
-        return RingSender(ring, EventSignal(self.arrivals), EventSignal(self.credits), index)
+        return RingSender(ring, EventSignal(self.arrivals), EventSignal(self.credits, awake), index)
 
-    def receiver(self, index: int = 0, throttle: Link | None = None) -> RingReceiver:
+    def receiver(
+        self, index: int = 0, throttle: Link | None = None, awake: memoryview[float] | None = None
+    ) -> RingReceiver:
         """The receiving end."""
         ring = Ring.map(attach(self.memory), self.layout)
-        return RingReceiver(ring, EventSignal(self.arrivals), EventSignal(self.credits), index, throttle)
+        return RingReceiver(ring, EventSignal(self.arrivals, awake), EventSignal(self.credits), index, throttle)

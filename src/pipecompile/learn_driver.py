@@ -1,0 +1,139 @@
+"""compile(mode="learn"): the passes of learning on a stream put together."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipecompile.eager import eager_models
+from pipecompile.errors import InputError, PipecompileWarning, PlanError
+from pipecompile.ir.cluster import Cluster, Link
+from pipecompile.ir.graph import TensorSpec
+from pipecompile.ir.learning import Clock, LearnPackage, Rule, TargetSpec, Updates
+from pipecompile.ir.tree import flatten
+from pipecompile.learning import LearningPipeline
+from pipecompile.options import Progress, silent
+from pipecompile.passes.codegen_learn import CodegenLearn
+from pipecompile.passes.lower_learn import LowerLearn
+from pipecompile.passes.lower_step import LowerStep, owners, weight_users
+from pipecompile.passes.measure_step import MeasureStep
+from pipecompile.passes.plan_step import training_profile
+from pipecompile.passes.profile import ProfileLayers
+from pipecompile.passes.recompute import Recompute
+from pipecompile.passes.trace_step import TraceStep
+from pipecompile.passes.verify_learn import VerifyLearn
+from pipecompile.runtime.learn import LearnOptions, OnNonfinite
+from pipecompile.runtime.measure import CpuMeasure
+from pipecompile.runtime.update import OptimizerFactory
+from pipecompile.schedules.learning import learning
+from pipecompile.train_driver import ExampleLoss, StepPlanner, package_of, update_seconds
+from pipecompile.training import ExecutorName
+
+
+def compile_learning(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    cluster: Cluster,
+    *,
+    loss_fn: Callable[[Any, Any], Any],
+    optimizer: OptimizerFactory,
+    updates: Updates = "weight_stashing",
+    clock: Clock = "1f1b",
+    accumulate: int | None = None,
+    example_targets: Any = None,
+    on_nonfinite: OnNonfinite = "stop",
+    scale_lr: bool = False,
+    seed: int = 0,
+    leaf: Sequence[str | type[nn.Module]] = (),
+    ahead: int | None = None,
+    executor: ExecutorName = "process",
+    hang_seconds: float | None = None,
+    throttle: Mapping[str, Link] | None = None,
+    imports: Sequence[str] = (),
+    time_limit: float = 10.0,
+    profile_seconds: float = 2.0,
+    progress: Progress | None = None,
+) -> LearningPipeline:
+    """See :func:`pipecompile.compile`; ``args`` and ``kwargs`` are one sample."""
+    _check(updates, clock, accumulate, on_nonfinite)
+    tell, ahead = progress or silent, 1 if ahead is None else ahead
+    leaves, _ = flatten((args, kwargs))
+    tell("trace", 0.0)
+    with eager_models():
+        traced, gradients = TraceStep(tuple(leaf)).trace(model, args, kwargs)
+    graph, measure = traced.graph, CpuMeasure()
+    tell("profile", 0.3)
+    measured = ProfileLayers(profile_seconds).apply(graph, traced.module, traced.tensors, leaves, measure)
+    tell("partition", 0.6)
+    # What a stage computes for a sample is what a training step computes for a micro-batch.
+    chosen = StepPlanner(
+        traced, gradients, leaves, ExampleLoss(loss_fn, graph.out_tree, example_targets), measure,
+        replace(cluster, link=measured.link), 1, LowerStep(ahead), Recompute(), MeasureStep(profile_seconds / 8),
+        time_limit,
+    ).candidate("1f1b", training_profile(graph, measured, gradients))  # fmt: skip
+    plan = chosen.plan
+    if len(plan.cluster.devices) < len(cluster.devices):
+        warnings.warn("; ".join(plan.notes), PipecompileWarning, stacklevel=3)
+    stages = len(plan.stages)
+    rule = Rule(updates, clock, 1 if accumulate is None else accumulate)
+    if accumulate is None and updates == "2bw" and stages > 1:
+        rule = replace(rule, accumulate=rule.ahead(0, stages) + (clock == "1f1b"))
+    tell("codegen", 0.9)
+
+    def package(target: TargetSpec | None) -> LearnPackage:
+        lowered = LowerLearn(rule, ahead).apply(graph, plan, learning(plan, rule), gradients, target)
+        program = VerifyLearn(rule).apply(lowered)
+        modules = CodegenLearn(rule).apply(graph, traced.module, plan, program, gradients)
+        owned = {stage: tuple(names) for stage, names in owners(weight_users(graph, plan, gradients.weights)).items()}
+        whole = replace(package_of(traced, leaves, modules, plan, program), imports=tuple(imports))
+        return LearnPackage(whole, rule, owned, target)
+
+    learn = package(None if example_targets is None else target_spec(example_targets))
+    tell("done", 1.0)
+    return LearningPipeline(
+        learn,
+        lambda target: package(target_spec(target)),
+        traced.tensors,
+        model,
+        LearnOptions(loss_fn, optimizer, seed, on_nonfinite, scale_lr),
+        executor=executor,
+        hang_seconds=hang_seconds,
+        throttle=throttle,
+        costs=tuple(
+            replace(cost, update=update_seconds(optimizer, traced, learn.owned.get(stage, ())))
+            for stage, cost in enumerate(chosen.costs)
+        ),
+    )
+
+
+def target_spec(target: Any) -> TargetSpec:
+    """What all targets must be like.
+
+    Raises:
+        InputError: if there is no tensor in it.
+    """
+    leaves, tree = flatten(target)
+    if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        raise InputError(f"a target must be a tensor or a nest of tensors, got {type(target).__name__}")
+    return TargetSpec(tree, tuple(TensorSpec.of(leaf) for leaf in leaves))
+
+
+def _check(updates: str, clock: str, accumulate: int | None, on_nonfinite: str) -> None:
+    for name, value, choices in (
+        ("updates", updates, ("sync", "weight_stashing", "2bw", "stale", "sideways")),
+        ("clock", clock, ("1f1b", "lockstep")),
+        ("on_nonfinite", on_nonfinite, ("stop", "skip")),
+    ):
+        if value not in choices:
+            raise InputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+    if accumulate is not None and accumulate < 1:
+        raise PlanError(f"accumulate={accumulate}: an update takes one sample at least")
+
+
+__all__ = ["compile_learning", "target_spec"]

@@ -1,0 +1,153 @@
+"""The options of compile(), by mode; what is unknown, out of place or missing is named."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+from torch import nn
+
+from pipecompile.errors import InputError, PlanError
+from pipecompile.ir.cluster import Cluster, Link
+from pipecompile.ir.learning import Clock, Updates
+from pipecompile.passes.partition import ObjectiveName
+from pipecompile.runtime.batches import Reduction
+from pipecompile.runtime.learn import OnNonfinite
+from pipecompile.runtime.update import OptimizerFactory
+from pipecompile.schedules.recompute import RecomputeName
+from pipecompile.schedules.training import ScheduleName
+from pipecompile.streams.engine import ExecutorName, OnFailure
+from pipecompile.streams.entrance import Overload
+
+#: Called with the name of the phase that begins and the fraction of the work done, 0.0 to 1.0.
+Progress = Callable[[str, float], None]
+
+Mode = Literal["infer", "train", "learn"]
+
+
+class EveryMode(TypedDict, total=False):
+    """Options of every mode."""
+
+    devices: int | Sequence[str] | Cluster
+    memory: float | str | Mapping[str, float | str] | None
+    leaf: Sequence[str | type[nn.Module]]
+    ahead: int | None
+    executor: ExecutorName
+    time_limit: float
+    profile_seconds: float
+    hang_seconds: float | None
+    throttle: Mapping[str, Link] | None
+    imports: Sequence[str]
+    progress: Progress | None
+
+
+class InferenceOptions(EveryMode, total=False):
+    """Options of ``mode="infer"``."""
+
+    dynamic_shapes: Any | None
+    pin: Mapping[str, str | Sequence[str]] | None
+    colocate: Sequence[str | Sequence[str]]
+    replicate: bool
+    objective: ObjectiveName | tuple[ObjectiveName, float]
+    use_cache: bool
+    on_overload: Overload
+    max_in_flight: int | None
+    deadline: float | None
+    on_failure: OnFailure
+
+
+class LossAndOptimizer(TypedDict):
+    """What learning needs."""
+
+    loss_fn: Callable[[Any, Any], Any]
+    optimizer: OptimizerFactory
+
+
+class TrainingOptions(EveryMode, total=False):
+    """Options of ``mode="train"``; loss and optimizer go together, or there is neither."""
+
+    loss_fn: Callable[[Any, Any], Any] | None
+    optimizer: OptimizerFactory | None
+    schedule: ScheduleName
+    micro_batches: int
+    reduction: Reduction
+    example_targets: Any
+    clip_norm: float | None
+    memory_limit: int | None
+    recompute: RecomputeName
+    deferred_batch_norm: bool
+    check_finite: bool
+    seed: int
+    keep_gradients: bool
+
+
+class LearningOptions(EveryMode, LossAndOptimizer, total=False):
+    """Options of ``mode="learn"``."""
+
+    updates: Updates
+    clock: Clock
+    accumulate: int | None
+    example_targets: Any
+    on_nonfinite: OnNonfinite
+    scale_lr: bool
+    seed: int
+
+
+_OPTIONS: Mapping[str, Any] = {"infer": InferenceOptions, "train": TrainingOptions, "learn": LearningOptions}
+
+
+def names_of(mode: Mode) -> list[str]:
+    """The names of all options of a mode."""
+    return list(_OPTIONS[mode].__annotations__)
+
+
+def check_options(mode: str, given: Mapping[str, Any]) -> None:
+    """Refuse a mode or options that nobody knows, that another mode takes, and a mode without what it needs.
+
+    Raises:
+        PlanError: for an unknown mode.
+        InputError: naming the option, and the modes that take it.
+        TypeError: for an option of no mode.
+    """
+    if mode not in _OPTIONS:
+        raise PlanError(f"mode={mode!r} is not available: choose {_either(map(repr, _OPTIONS))}")
+    takers = {name: [m for m, options in _OPTIONS.items() if name in options.__annotations__] for name in given}
+    for name, modes in takers.items():
+        if not modes:
+            every = ["mode", *dict.fromkeys(name for options in _OPTIONS.values() for name in options.__annotations__)]
+            close = difflib.get_close_matches(name, every, 1)
+            raise TypeError(f"compile() has no option {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    strange = sorted(name for name, modes in takers.items() if mode not in modes)
+    if strange:
+        takes = _either(f"mode={m!r}" for m in dict.fromkeys(m for name in strange for m in takers[name]))
+        raise InputError(f"{', '.join(strange)}: only {takes} takes that, this is mode={mode!r}")
+    missing = sorted(_OPTIONS[mode].__required_keys__ - set(given))
+    if missing:
+        raise InputError(
+            f"mode={mode!r} needs {' and '.join(f'{name}=' for name in missing)}: for example "
+            "loss_fn=torch.nn.CrossEntropyLoss(), optimizer=functools.partial(torch.optim.SGD, lr=0.1)"
+        )
+
+
+def _either(words: Any) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else str(last)
+
+
+def silent(_phase: str, _fraction: float) -> None:
+    """Progress that nobody watches."""
+
+
+__all__ = [
+    "EveryMode",
+    "InferenceOptions",
+    "LearningOptions",
+    "LossAndOptimizer",
+    "Mode",
+    "Progress",
+    "TrainingOptions",
+    "check_options",
+    "names_of",
+    "silent",
+]

@@ -1,0 +1,277 @@
+"""Learns on streams in worker processes, one a device, and watches over them."""
+
+from __future__ import annotations
+
+import os
+import select
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pipecompile.errors import PipelineClosed, PipelineError, StepError, WorkerHung
+from pipecompile.ir.cluster import Link
+from pipecompile.ir.learning import LearnPackage, Outcome
+from pipecompile.ir.program import HOST
+from pipecompile.runtime import numerics, pickled
+from pipecompile.runtime.arena import adopt
+from pipecompile.runtime.channels.link import ports_of
+from pipecompile.runtime.channels.ring import RingReceiver, RingSender, clock
+from pipecompile.runtime.channels.shared_memory import SharedEdge
+from pipecompile.runtime.executor import bounds
+from pipecompile.runtime.learn import LearnOptions
+from pipecompile.runtime.learn_device import LearnBoot, unpacked_parts
+from pipecompile.runtime.learn_host import LearnHost
+from pipecompile.runtime.process_step import Worker
+
+_START_SECONDS = 60.0
+_HANG_SECONDS, _HANG_FACTOR = 5.0, 10.0
+#: How long devices may take to come to a wait before they are killed, so that no update is torn.
+_GRACE_SECONDS = 5.0
+
+
+class ProcessLearner:
+    """Implements :class:`pipecompile.runtime.learn_host.Learner` with worker processes.
+
+    Weights move into shared memory, optimizers live in the workers. A stream is one command to
+    every worker and one answer of each, at its end; samples, gradients and results go through
+    rings, and the caller is in between none of them. ``hang_seconds`` is how long a device may
+    compute without reaching its next message; ``throttle`` slows edges down.
+    """
+
+    def __init__(
+        self,
+        learn: LearnPackage,
+        weights: Mapping[str, torch.Tensor],
+        options: LearnOptions,
+        *,
+        hang_seconds: float | None = None,
+        throttle: Mapping[str, Link] | None = None,
+    ) -> None:
+        self._learn, self._closed = learn, "it never started"
+        self._weights = adopt(dict(weights))
+        self._crew = crew = _Crew()
+        self._finalizer = weakref.finalize(self, crew.stop)
+        planned = max(stage.load for stage in learn.package.plan.stages)
+        self._limit = max(_HANG_SECONDS, _HANG_FACTOR * planned) if hang_seconds is None else hang_seconds
+        self.snapshots: list[dict[str, Any]] = []
+        self._busy: set[int] = set()
+        try:
+            self._open(options, dict(throttle or {}))
+        except BaseException:
+            crew.stop()
+            raise
+        self._closed = ""
+
+    def _open(self, options: LearnOptions, throttle: dict[str, Link]) -> None:
+        learn, package, crew = self._learn, self._learn.package, self._crew
+        sizes = bounds(package, None)
+        edges = {e.name: SharedEdge.create(e, sizes) for e in package.program.edges}
+        arenas = tuple(arena.fd for arena in self._weights.arenas)
+        mutated = tuple(entry.name for entry in package.state if entry.mutated)
+        try:
+            for module in package.modules:
+                mine = tuple(e for e in package.program.edges if {e.source, e.target} & set(module.stages))
+                worker = Worker(module, ports_of(mine, module.stages))
+                crew.workers.append(worker)
+                device = package.plan.cluster.devices[module.device]
+                worker.start([*arenas, *(fd for e in mine for fd in edges[e.name].fds)], device.core, device.threads)
+                boot = LearnBoot(
+                    module, learn.rule, learn.stages, mine, {e.name: edges[e.name].fds for e in mine}, sizes,
+                    {name: link for name, link in throttle.items() if any(e.name == name for e in mine)},
+                    worker.records_fd, arenas, self._weights.describe(module.state),
+                    {s: learn.owned[s] for s in module.stages if s in learn.owned}, mutated, options,
+                    package.out_tree, None if learn.target is None else learn.target.tree,
+                    device.threads, numerics.snapshot(), package.imports,
+                )  # fmt: skip
+                worker.say(boot, "loss_fn, the optimizer or a class in the model's result")
+            ours = [e for e in package.program.edges if HOST in (e.source, e.target)]
+            senders = {e.name: edges[e.name].sender() for e in ours if e.source == HOST}
+            (result,) = [e for e in ours if e.target == HOST]
+            receiver = edges[result.name].receiver(throttle=throttle.get(result.name))
+            self._host = LearnHost(learn, senders, receiver)
+            self._arrivals: dict[int, RingReceiver | RingSender] = {edges[result.name].arrivals: receiver}
+            self._credits: dict[int, RingReceiver | RingSender] = {
+                edges[name].credits: sender for name, sender in senders.items()
+            }
+            crew.fds += [fd for e in ours for fd in (edges[e.name].arrivals, edges[e.name].credits)]
+        finally:
+            kept = set(crew.fds)
+            for edge in edges.values():
+                for fd in edge.fds:
+                    if fd not in kept:
+                        os.close(fd)
+        for worker in crew.workers:
+            answer = worker.hear(_START_SECONDS)
+            if answer[0] != "ready":
+                raise PipelineError(f"{worker} could not start: {answer[1]}")
+            os.close(worker.records_fd)
+            worker.records_fd = -1
+        self._channels = {worker.commands.fileno(): worker for worker in crew.workers}
+        self._for_result = _poller([*self._channels, *self._arrivals])
+        self._for_either = _poller([*self._channels, *self._arrivals, *self._credits])
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of the workers."""
+        return tuple(worker.process.pid for worker in self._crew.workers if worker.process is not None)
+
+    def begin(self, first: int) -> None:
+        """See ``Learner``."""
+        self._check()
+        self._host.begin()
+        self._busy = set(self._channels)
+        self._guarded(lambda: [w.say(("learn", self._host.submitted, first)) for w in self._crew.workers])
+
+    def submit(self, leaves: Sequence[Any], target: Sequence[Any] | None, snapshot: bool) -> bool:
+        """See ``Learner``."""
+        self._check()
+        return self._host.submit(leaves, target, snapshot)
+
+    def end(self) -> bool:
+        """See ``Learner``."""
+        self._check()
+        return self._host.end()
+
+    def wait(self, *, room: bool) -> None:
+        """See ``Learner``."""
+        self._check()
+        self._guarded(lambda: self._wait(room))
+
+    def _wait(self, room: bool) -> None:
+        host, begun = self._host, clock()
+        poller = self._for_either if room else self._for_result
+        ports = {**self._arrivals, **self._credits}
+        while not host.arrived() and not (room and host.room()) and self._busy:
+            events = [fd for fd, _ in poller.poll(int(min(self._limit / 4, 1.0) * 1000))]
+            for fd in events:
+                if fd in ports:
+                    ports[fd].refill()
+            if host.arrived():
+                return  # before a word of failure: what is there was learned from before it
+            for fd in events:
+                if fd in self._channels:
+                    self._hear(fd)
+            self._watch(begun)
+
+    def _hear(self, fd: int) -> None:
+        kind, value = self._answer(self._channels[fd])
+        if kind == "snapshot":
+            self.snapshots.append(unpacked_parts(value))
+        else:
+            self._busy.discard(fd)
+
+    def _answer(self, worker: Worker) -> tuple[str, Any]:
+        try:
+            answer = worker.hear(_START_SECONDS)
+        except EOFError:
+            raise worker.death() from None
+        if answer[0] == "error":
+            raise StepError(answer[1])
+        return answer[0], answer[1]
+
+    def _watch(self, begun: float) -> None:
+        now = clock()
+        waiting: list[float] = []
+        workers = [self._channels[fd] for fd in self._busy]
+        for worker in workers:
+            last = worker.records.last()
+            computing = last is None or last.end > 0
+            since = now - max(begun, 0.0 if last is None else last.end or last.begin)
+            if computing and since > self._limit:
+                raise WorkerHung(f"{worker} made no progress for {since:.1f} s {worker.progress()}")
+            waiting.append(0.0 if computing else since)
+        if waiting and min(waiting) > self._limit and not self._host.room():
+            where = "; ".join(f"{worker} {worker.progress()}" for worker in workers)
+            raise PipelineError(f"deadlock, every device waits: {where}")
+
+    def result(self) -> Outcome | None:
+        """See ``Learner``."""
+        self._check()
+        return self._host.collect()
+
+    @property
+    def running(self) -> bool:
+        """See ``Learner``."""
+        return bool(self._busy)
+
+    def states(self) -> list[dict[str, Any]]:
+        """See ``Learner``."""
+        return [unpacked_parts(part) for part in self._ask("state")]
+
+    def load(self, state: Mapping[str, dict[str, Any]], settings: Mapping[str, Any], version: int | None) -> None:
+        """See ``Learner``."""
+        self._ask("load", pickled.packed(dict(state)), dict(settings), version)
+
+    def _ask(self, *message: Any) -> list[Any]:
+        """One command to all workers; their answers in the order of devices."""
+        self._check()
+
+        def ask() -> list[Any]:
+            for worker in self._crew.workers:
+                worker.say(message)
+            return [self._answer(worker)[1] for worker in self._crew.workers]
+
+        return self._guarded(ask)
+
+    def close(self) -> None:
+        """See ``Learner``. Devices that are computing come to their next wait first."""
+        if self._closed != "it was closed" and self._crew.workers:
+            self._settle()
+        self._closed = self._closed or "it was closed"
+        self._crew.stop()
+
+    def _settle(self) -> None:
+        deadline, watched = clock() + min(_GRACE_SECONDS, self._limit), select.poll()
+        while clock() < deadline:
+            lasts = [(self._channels[fd], self._channels[fd].records.last()) for fd in self._busy]
+            if not any(_alive(w) and last is not None and last.end > 0 for w, last in lasts):
+                return
+            watched.poll(2)
+
+    def _guarded(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except BaseException as error:
+            self._closed = f"it failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            self._settle()
+            self._crew.stop()
+            raise
+
+    def _check(self) -> None:
+        if self._closed or os.getpid() != self._crew.owner:
+            raise PipelineClosed(f"this pipeline cannot be used any more: {self._closed or 'another process owns it'}")
+
+
+class _Crew:
+    """What has to be gone afterwards. Knows nothing of the learner."""
+
+    def __init__(self) -> None:
+        self.workers: list[Worker] = []
+        self.fds: list[int] = []
+        self.owner = os.getpid()
+
+    def stop(self) -> None:
+        """Kill, reap, close. May be repeated; does nothing in a fork."""
+        if os.getpid() != self.owner:
+            return
+        for worker in self.workers:
+            worker.stop()
+        for fd in self.fds:
+            os.close(fd)
+        self.workers, self.fds = [], []
+
+
+def _alive(worker: Worker) -> bool:
+    return worker.process is not None and worker.process.poll() is None
+
+
+def _poller(fds: Sequence[int]) -> select.poll:
+    poller = select.poll()
+    for fd in fds:
+        poller.register(fd, select.POLLIN)
+    return poller
+
+
+__all__ = ["ProcessLearner"]

@@ -1,0 +1,93 @@
+"""Which of several packages is faster? They stream the example in real workers, in turns."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from pipecompile.ir.package import Package
+from pipecompile.runtime.executor import Executor
+from pipecompile.runtime.session import Session
+
+#: Turns of each package, and results each gives at least in a turn besides those that fill it.
+TURNS, FEWEST = 5, 8
+
+
+def stream_rates(
+    packages: Sequence[Package],
+    tensors: Mapping[str, torch.Tensor],
+    leaves: Sequence[Any],
+    seconds: float = 0.25,
+    budget: float = 6.0,
+) -> list[float]:
+    """Samples a second of each package in steady state: medians of some turns of about ``seconds`` each.
+
+    All of them are started before the first turn, so that a change of the machine's speed meets them
+    alike. After ``budget`` seconds no further round of turns is begun. ``tensors`` stay as they are:
+    the workers compute on copies.
+
+    Raises:
+        PipelineError: if a worker does not start or is lost.
+        PipecompileError: if the weights cannot be shared.
+    """
+    private = _apart(tensors)
+    found: list[list[float]] = [[] for _ in packages]
+    with ExitStack() as stack:
+        sessions: list[Session] = []
+        for package in packages:
+            sessions.append(Session(package, private))
+            stack.callback(sessions[-1].close)
+        rounds = [math.lcm(*(len(stage.devices) for stage in package.plan.stages)) for package in packages]
+        for session in sessions:  # the first samples of a worker are slow
+            _rate(session, leaves, 0.0, 1)
+        begun = time.perf_counter()
+        for _ in range(TURNS):
+            for session, rates, round in zip(sessions, found, rounds, strict=True):
+                rates.append(_rate(session, leaves, seconds, round))
+            if time.perf_counter() - begun > budget:
+                break
+    return [statistics.median(rates) for rates in found]
+
+
+def _rate(session: Executor, leaves: Sequence[Any], seconds: float, round: int) -> float:
+    """Submit as fast as there is room, for so long; the rate of results while the pipeline was full.
+
+    Results of replicas come in bursts, so whole rounds (of ``round`` samples) are counted.
+    """
+    submitted, arrivals, full = 0, list[float](), 0
+    stop = time.perf_counter() + seconds
+    while True:
+        more = time.perf_counter() < stop or submitted < 2 * full + FEWEST * round
+        while more and session.submit(leaves) is not None:
+            submitted += 1
+        full = full or session.in_flight
+        if not more and not session.in_flight:
+            break
+        session.turn(room=more)
+        while session.poll() is not None:
+            arrivals.append(time.perf_counter())
+    steady = arrivals[full - 1 : len(arrivals) - full]
+    count = (len(steady) - 1) // round * round
+    return count / max(steady[count] - steady[0], 1e-9)
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies that share storages among themselves as the originals do, for as long as the trial lasts."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        copy = storages.setdefault(storage.data_ptr(), storage.clone())
+        view = torch.empty(0, dtype=tensor.dtype)
+        view.set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride())
+        found[name] = view.requires_grad_(tensor.requires_grad)
+    return found
+
+
+__all__ = ["stream_rates"]

@@ -1,0 +1,67 @@
+"""A small network, a stream for it, and pipelines that learn from it, cut the same way every time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import pipecompile
+from pipecompile import LearningPipeline
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+RULES = ("sync", "weight_stashing", "2bw", "stale", "sideways")
+CLOCKS = ("1f1b", "lockstep")
+
+Sample = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Skip(nn.Module):
+    """Five layers with a BatchNorm, and a skip over all inner ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.c, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.norm(self.first(x)))
+        y = torch.tanh(self.b(torch.tanh(self.a(x))))
+        return self.last(torch.tanh(self.c(y)) + x)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return Skip().double()
+
+
+def stream(count: int, without: Iterable[int] = ()) -> list[Sample]:
+    generator, missing = torch.Generator().manual_seed(1), set(without)
+    samples: list[Sample] = []
+    for i in range(count):
+        x = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+        y = torch.randint(3, (4,), generator=generator)
+        samples.append((x, None if i in missing else y))
+    return samples
+
+
+def learning(model: nn.Module, stages: int, updates: Any = "weight_stashing", **more: Any) -> LearningPipeline:
+    options: dict[str, Any] = {
+        "loss_fn": nn.CrossEntropyLoss(), "optimizer": SGD, "executor": "inline", "profile_seconds": 0.02, **more,
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pipecompile.PipecompileWarning)
+        pipe = pipecompile.compile(
+            model, (stream(1)[0][0],), mode="learn", devices=stages, updates=updates, time_limit=2.0, **options
+        )
+    assert len(pipe.plan.stages) == stages
+    return pipe
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
