@@ -1,4 +1,4 @@
-"""Learning on a stream in one process: plain online SGD where nothing is delayed, delays as documented, nothing lost."""
+"""Learning in one process: plain online SGD where nothing is delayed, delays as documented, nothing lost."""
 
 from __future__ import annotations
 

@@ -269,7 +269,7 @@ def test_two_sessions_from_the_same_weights() -> None:
 
 
 def test_killed_worker_is_reported_and_nothing_stays() -> None:
-    session = Session(two_stages("time.sleep(0.02)\ny = aten.mm.default(x, a)"), weights())
+    session = Session(two_stages("time.sleep(sample * 0.5)\ny = aten.mm.default(x, a)"), weights())
     pids = session.pids
     for _ in range(2):
         session.submit(samples(1))
