@@ -11,7 +11,7 @@ from pipecompile.ir.graph import ModelGraph, TensorSpec
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import COMPUTE, HOST, DeviceProgram, Edge, Instruction, Op, Program
 from pipecompile.ir.training import Gradients
-from pipecompile.passes.layers import free_closure
+from pipecompile.passes.layers import free_results
 from pipecompile.passes.lower import crossings
 from pipecompile.simulate.step import step_ticks
 
@@ -145,15 +145,14 @@ def weight_users(graph: ModelGraph, plan: Plan, trained: Collection[str]) -> dic
                 if name in trained:
                     users[name].add(stage.index)
     last = plan.stages[-1].index
-    nodes = {node.name: node for node in graph.graph.nodes}
-    for ref in graph.outputs:
-        names = [ref.name] if ref.kind == "state" else []
-        if ref.name in graph.free and ref.name in nodes:  # the last stage computes it from its weights
-            made = {nodes[ref.name], *free_closure([nodes[ref.name]], graph.free)}
-            names = [arg.name for node in made for arg in node.all_input_nodes]
-        for name in names:
-            if name in trained:
-                users[name].add(last)
+    results = {ref.name for ref in graph.outputs}
+    wanted = [node for node in graph.graph.nodes if node.name in results and node.name in graph.free]
+    # The last stage computes these from its weights, as code generation does.
+    made = free_results(graph.graph, wanted, graph.free)
+    names = [ref.name for ref in graph.outputs if ref.kind == "state"]
+    for name in (*names, *(arg.name for node in made for arg in node.all_input_nodes)):
+        if name in trained:
+            users[name].add(last)
     return {name: sorted(users[name]) for name in (e.name for e in graph.state) if name in users}
 
 

@@ -85,6 +85,10 @@ class HostPorts:
                 moved = True
         return moved
 
+    def close(self) -> None:
+        """Let go of the rings' memory."""
+        self._inputs, self._results, self._gradients = [], [], []
+
     def drain(self) -> bool:
         """Give the step under way up, as far as that goes without waiting; whether all is carried."""
         self.failed = True

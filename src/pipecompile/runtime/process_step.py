@@ -307,6 +307,7 @@ class ProcessTrainer:
         """See ``Trainer``. Between steps nothing is under way, so workers simply end."""
         self.closed = self.closed or "it was closed"
         self._updating = []
+        self._host.close()
         self._crew.stop()
 
     def _check(self) -> None:
