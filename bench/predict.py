@@ -3,11 +3,14 @@
     python -m bench.predict [--rounds 4] [--seconds 0.6] [--stages 2 3] [--half] [--models ...]
 
 The prediction is made when the pipeline is compiled, from stages timed alone, and written down
-before any sample runs through it. Cores are faster or slower from minute to minute, so both are
-taken relative to eager on one thread: predicted period / profiled total against measured period /
-eager in the same turns. Three forced cuts of each model (the chosen one and the boundary moved by a
-sixth of the cost either way) are ranked by both. With ``--half`` a process that only burns time
-shares the last core, and the cluster says that device has half the speed.
+before any sample runs through it. Cores are faster or slower from minute to minute, and slow each
+other down by more or less, so both are taken relative to eager: predicted period / profiled total
+against measured period / eager in the same turns. Eager is one thread on a core while a copy of it
+runs on every other core that the pipeline uses; the error against eager on a quiet machine, one
+thread and all other cores idle, stands beside it. Three forced cuts of each model (the chosen one
+and the boundary moved by a sixth of the cost either way) are ranked by both. With ``--half`` a
+process that only burns time shares the last core, and the cluster says that device has half the
+speed; which speed it really had, by eager there against eager on the first core, is printed.
 """
 
 from __future__ import annotations
@@ -75,16 +78,18 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS)[:6])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    table = Table("model", "plan", "predicted", "measured", "error")
-    table.title = f"period / eager on one thread, {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores" + (
+    table = Table("model", "plan", "predicted", "measured", "error", "error, other cores idle")
+    table.title = f"period / eager, {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores" + (
         ", the last at half speed" if options.half else ""
     )
     errors: list[float] = []
+    alone_errors: list[float] = []
+    speeds: list[float] = []
     right = pairs = 0
     for name in options.models:
         model, example = build(name)
         with ExitStack() as stack:
-            eager = stack.enter_context(EagerProcess(name, [0], 1))
+            eager = [stack.enter_context(EagerProcess(name, [core], 1)) for core in (0, 1)]
             pipes: dict[str, Any] = {}
             for stages in options.stages:
                 cluster: Any = stages
@@ -102,17 +107,26 @@ def main() -> None:
             if options.half:
                 stack.enter_context(burning(1))
             measured: dict[str, list[float]] = {plan: [] for plan in pipes}
+            against_alone: dict[str, list[float]] = {plan: [] for plan in pipes}
             for pipe in pipes.values():
                 list(pipe.stream(islice(repeat(example), 10)))
             for _ in range(options.rounds):
-                one = eager.run(options.seconds)
+                alone = eager[0].run(options.seconds)
+                for process in eager:
+                    process.begin(options.seconds)
+                first_core, last_core = (process.rate() for process in eager)
+                speeds.append(last_core / first_core)
+                beside = first_core if options.half else (first_core + last_core) / 2
                 for plan, pipe in pipes.items():
-                    measured[plan].append(one / stream_rate(pipe, example, options.seconds))
+                    rate = stream_rate(pipe, example, options.seconds)
+                    measured[plan].append(beside / rate)
+                    against_alone[plan].append(alone / rate)
         found = {plan: float(np.median(seen)) for plan, seen in measured.items()}
         for plan in pipes:
-            error = frozen[plan] / found[plan] - 1
+            error, other = (frozen[plan] / np.median(seen[plan]) - 1 for seen in (measured, against_alone))
             errors.append(abs(error))
-            table.add_row(name, plan, f"{frozen[plan]:.3f}", f"{found[plan]:.3f}", f"{error:+.1%}")
+            alone_errors.append(abs(other))
+            table.add_row(name, plan, f"{frozen[plan]:.3f}", f"{found[plan]:.3f}", f"{error:+.1%}", f"{other:+.1%}")
         two = sorted((plan for plan in pipes if plan.startswith("2")), key=frozen.__getitem__)
         pairs += len(two) - 1
         # Predictions closer than the noise of the measurement rank nothing.
@@ -120,8 +134,10 @@ def main() -> None:
     console = Console(width=120)
     console.print(table)
     console.print(
-        f"error: median {np.median(errors):.1%}, worst {max(errors):.1%}; "
-        f"{right} of {pairs} neighbouring cuts ranked rightly"
+        f"error: median {np.median(errors):.1%}, worst {max(errors):.1%} "
+        f"({np.median(alone_errors):.1%}, {max(alone_errors):.1%} with the other cores idle); "
+        f"{right} of {pairs} neighbouring cuts ranked rightly; "
+        f"the last core had {np.median(speeds):.2f} [{min(speeds):.2f}, {max(speeds):.2f}] of the first one's speed"
     )
 
 

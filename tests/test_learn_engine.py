@@ -1,8 +1,9 @@
-"""Learning in one process: plain online SGD where nothing is delayed, delays as documented, nothing lost."""
+"""Learning on a stream in one process: plain online SGD where nothing is late, delays as said, nothing lost."""
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 import pipecompile
 from learners import CLOCKS, RULES, SGD, Sample, learning, network, same, stream
-from pipecompile.errors import InputError, PipelineClosed, PlanError, StepError
+from pipecompile.errors import InputError, Overloaded, PipelineClosed, PlanError, StepError
 
 N = 12
 
@@ -251,3 +252,43 @@ def test_what_makes_no_sense_is_refused() -> None:
     with learning(network(), 2) as pipe, pytest.raises(InputError, match="sample 0 is no pair"):
         list(pipe.learn([torch.ones(1)]))
     assert pipecompile.LearningPipeline is type(pipe)
+
+
+@pytest.mark.parametrize("policy", ["drop_oldest", "drop_newest", "latest"])
+def test_dropped_samples_never_shift_the_targets_of_others(policy: Any) -> None:
+    """The source is done before the first sample enters; each target says which sample it belongs to."""
+    read = threading.Event()
+
+    def source() -> Iterator[Sample]:
+        x, y = torch.empty(4, 6, dtype=torch.float64), torch.empty(4, dtype=torch.int64)
+        for i, (inputs, targets) in enumerate(stream(40)):
+            x.copy_(inputs)
+            x[0, 0] = i
+            yield x, y.copy_(torch.tensor([i % 3, *targets[1:].tolist()]))  # the same memory every time
+        read.set()
+
+    class Watching(nn.Module):
+        def forward(self, result: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            assert read.wait(10)
+            seen.append(int(target[0]))
+            return nn.functional.cross_entropy(result, target)
+
+    seen: list[int] = []
+    with learning(network(), 2, loss_fn=Watching()) as pipe:
+        found = [r.seq for r in pipe.learn(source(), on_overload=policy, max_waiting=None if policy == "latest" else 3)]
+        assert found == sorted(set(found))
+        assert seen == [seq % 3 for seq in found]
+        counts = pipe.counts
+        assert (counts.submitted, counts.delivered, counts.dropped, counts.in_flight) == (
+            40,
+            len(found),
+            40 - len(found),
+            0,
+        )
+        assert counts.dropped > 0
+        assert pipe.snapshot()["updates"] == len(found)
+        if policy != "drop_newest":
+            assert found[-1] == 39
+        assert [r.seq for r in pipe.learn(stream(2))] == [40, 41]
+        with pytest.raises(Overloaded, match="was refused: 1 samples wait already"):
+            list(pipe.learn(source(), on_overload="error", max_waiting=1))

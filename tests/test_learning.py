@@ -26,7 +26,7 @@ from pipecompile.learning import LearningPipeline
 from pipecompile.passes.profile import ProfileLayers
 from pipecompile.runtime.versions import StageWeights
 
-SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)  # any more, and some rules diverge within 1,000 updates
 ADAM = partial(torch.optim.Adam, lr=0.003)
 OPTIMIZERS = {"sgd": SGD, "adam": ADAM}
 RULES: list[Any] = ["sync", "weight_stashing", "2bw", "stale", "sideways"]
@@ -90,6 +90,7 @@ def agree(
     start = lesson.model().state_dict()
     results = list(pipe.learn(samples))
     assert [result.seq for result in results] == list(range(len(samples)))
+    assert all(output.isfinite().all() for output in wanted.outputs), "it diverges: equal NaNs would prove nothing"
     for result, output, loss, versions in zip(results, wanted.outputs, wanted.losses, wanted.versions, strict=True):
         assert torch.equal(result.output, output), f"output {result.seq}"
         assert result.loss == loss, f"loss {result.seq}"

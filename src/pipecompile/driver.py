@@ -115,7 +115,7 @@ def compile(
             ``"latest"`` or ``"error"``.
         max_in_flight: (infer) how many samples may be inside the pipeline; as many as its rings hold if None.
         deadline: (infer) seconds within which a sample must have entered, else it is dropped.
-        on_failure: (infer) ``"raise"``: a worker that dies or hangs ends the pipeline with one exception.
+        on_failure: (infer, learn) ``"raise"``: a worker that dies or hangs ends the pipeline with one exception.
             ``"restart"``: the workers are replaced and the samples in flight computed again, from
             copies kept meanwhile; buffers that the model writes to are put back to a snapshot
             first. After three deaths in a row without a new result the last one is raised.
@@ -146,6 +146,8 @@ def compile(
         accumulate: (learn) samples of one update; None is 1, or as few as ``"2bw"`` needs.
         on_nonfinite: (learn) a loss that is not finite ends the pipeline (``"stop"``) or makes no
             update (``"skip"``).
+        snapshot_every: (learn) with ``on_failure="restart"`` a snapshot is taken after so many samples, and
+            samples are kept until the next: what followed the last snapshot is learned again.
         scale_lr: (learn) divide each stage's learning rate by 1 + its delay.
 
     Raises:

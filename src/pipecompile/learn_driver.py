@@ -31,6 +31,7 @@ from pipecompile.runtime.learn import LearnOptions, OnNonfinite
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.schedules.learning import learning
+from pipecompile.streams.engine import OnFailure
 from pipecompile.train_driver import ExampleLoss, StepPlanner, package_of, update_seconds
 from pipecompile.training import ExecutorName
 
@@ -49,6 +50,8 @@ def compile_learning(
     example_targets: Any = None,
     on_nonfinite: OnNonfinite = "stop",
     scale_lr: bool = False,
+    on_failure: OnFailure = "raise",
+    snapshot_every: int = 100,
     seed: int = 0,
     leaf: Sequence[str | type[nn.Module]] = (),
     ahead: int | None = None,
@@ -61,7 +64,9 @@ def compile_learning(
     progress: Progress | None = None,
 ) -> LearningPipeline:
     """See :func:`pipecompile.compile`; ``args`` and ``kwargs`` are one sample."""
-    _check(updates, clock, accumulate, on_nonfinite)
+    _check(updates, clock, accumulate, on_nonfinite, on_failure)
+    if snapshot_every < 1:
+        raise InputError(f"snapshot_every={snapshot_every}: it counts samples, 1 or more")
     tell, ahead = progress or silent, 1 if ahead is None else ahead
     leaves, _ = flatten((args, kwargs))
     tell("trace", 0.0)
@@ -105,6 +110,8 @@ def compile_learning(
         executor=executor,
         hang_seconds=hang_seconds,
         throttle=throttle,
+        on_failure=on_failure,
+        snapshot_every=snapshot_every,
         costs=tuple(
             replace(cost, update=update_seconds(optimizer, traced, learn.owned.get(stage, ())))
             for stage, cost in enumerate(chosen.costs)
@@ -124,11 +131,12 @@ def target_spec(target: Any) -> TargetSpec:
     return TargetSpec(tree, tuple(TensorSpec.of(leaf) for leaf in leaves))
 
 
-def _check(updates: str, clock: str, accumulate: int | None, on_nonfinite: str) -> None:
+def _check(updates: str, clock: str, accumulate: int | None, on_nonfinite: str, on_failure: str) -> None:
     for name, value, choices in (
         ("updates", updates, ("sync", "weight_stashing", "2bw", "stale", "sideways")),
         ("clock", clock, ("1f1b", "lockstep")),
         ("on_nonfinite", on_nonfinite, ("stop", "skip")),
+        ("on_failure", on_failure, ("raise", "restart")),
     ):
         if value not in choices:
             raise InputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")

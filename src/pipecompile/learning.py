@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipecompile.arguments import Arguments
-from pipecompile.errors import InputError, PipelineClosed, PipelineError
+from pipecompile.errors import InputError, PipecompileWarning, PipelineClosed, PipelineError, WorkerDied, WorkerHung
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.learning import PREDICTED, SKIPPED, Learned, LearnPackage, Outcome, Rule
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
+from pipecompile.ir.sample import Counts
 from pipecompile.ir.training import StageCost
-from pipecompile.ir.tree import flatten, unflatten
+from pipecompile.ir.tree import unflatten
+from pipecompile.learn_pairs import Pairs
 from pipecompile.learn_run import LearnRun
+from pipecompile.learn_source import Live, Pulled
+from pipecompile.learn_state import LearnState
 from pipecompile.model_weights import ModelWeights
 from pipecompile.runtime.inline_learn import InlineLearner
 from pipecompile.runtime.learn import LearnOptions
 from pipecompile.runtime.learn_host import Learner
 from pipecompile.runtime.process_learn import ProcessLearner
+from pipecompile.streams.engine import OnFailure
+from pipecompile.streams.entrance import Options, Overload
 from pipecompile.training import ExecutorName
 
 
@@ -50,21 +56,28 @@ class LearningPipeline(nn.Module):
         executor: ExecutorName = "process",
         hang_seconds: float | None = None,
         throttle: Mapping[str, Link] | None = None,
+        on_failure: OnFailure = "raise",
+        snapshot_every: int = 100,
         costs: tuple[StageCost, ...],
     ) -> None:
         super().__init__()
         object.__setattr__(self, "_model", model)  # not a submodule: names stay the model's own
         self._learn, self._retarget, self._options = learn, retarget, options
-        self._arguments = Arguments(learn.package)
+        self._pairs = Pairs(learn)
         self._executor: ExecutorName = executor
         self._watching: dict[str, Any] = {"hang_seconds": hang_seconds, "throttle": throttle}
         self._costs = costs
+        self._every = snapshot_every if on_failure == "restart" else 0
+        self._last: dict[str, Any] | None = None
+        self._deaths, self._seen = 0, -1
+        self.restarts = self.relearned = 0
         self._weights = ModelWeights(learn.package.state, learn.owned, tensors, model)
+        self._state = LearnState(self._weights, model)
         self._learner: Learner | None = None
         self._stale = False
-        self._carried: tuple[dict[str, Any], dict[str, Any], int | None] = {}, {}, None
         self._run: LearnRun | None = None
         self._samples = 0
+        self._counted = Counts()
         self._closed = ""
         self._lock = threading.RLock()
 
@@ -98,7 +111,25 @@ class LearningPipeline(nn.Module):
         """How many samples have been taken in since the pipeline was made."""
         return self._samples if self._run is None else self._run.submitted
 
-    def learn(self, samples: Iterable[Any]) -> Generator[Learned]:
+    @property
+    def counts(self) -> Counts:
+        """Where all samples are that sources have given; of one moment. What failed or was not taken is dropped."""
+        run, before = self._run, self._counted
+        if run is None:
+            return before
+        # Delivered first: a count that is taken later can only be higher.
+        delivered, dropped = before.delivered + run.delivered, before.dropped + run.source.dropped
+        submitted = before.submitted + run.source.offered
+        return Counts(submitted, delivered, dropped, 0, submitted - delivered - dropped)
+
+    def learn(
+        self,
+        samples: Iterable[Any],
+        *,
+        on_overload: Overload = "block",
+        max_waiting: int | None = None,
+        deadline: float | None = None,
+    ) -> Generator[Learned]:
         """Results for a source of (input, target) pairs, in order, while later samples are under way.
 
         An input is a tensor, a tuple of positional arguments or a dict of keyword arguments, as in
@@ -107,6 +138,16 @@ class LearningPipeline(nn.Module):
         may still be under way in earlier stages. When the iteration is over, all updates are made.
         Ended early, it computes and updates what is inside, and drops those results.
 
+        Args:
+            samples: the source; asked for a sample when there is room.
+            on_overload: anything but ``"block"`` reads it in a thread at its own pace instead. A pair
+                that finds the entrance full then goes, or makes another go, as in
+                :meth:`pipecompile.InferencePipeline.stream`: ``"drop_oldest"``, ``"drop_newest"``,
+                ``"latest"``, ``"error"``. Targets go with their inputs; ``result.seq`` counts dropped
+                samples too. See :attr:`counts`.
+            max_waiting: how many may wait at the entrance; 8, or 1 for ``"latest"``, if None.
+            deadline: seconds after which a sample that still waits there is dropped.
+
         Raises:
             InputError: from ``next()``, naming the sample, if one does not fit; at once if another
                 stream is under way.
@@ -114,14 +155,28 @@ class LearningPipeline(nn.Module):
             WorkerDied, WorkerHung, PipelineError: if a device is lost; the pipeline is closed then.
             Exception: what the source raised, after the results of all it gave before.
         """
+        self._idle()
+        return self._results(samples, Options(on_overload, max_waiting, deadline))
+
+    def _idle(self) -> None:
         with self._lock:
             self._check()
             if self._run is not None:
-                raise InputError("a stream is under way: one learn() at a time")
-            run = self._run = LearnRun(iter(samples), self._prepare, self, self._samples, self.rule.accumulate)
-        return self._results(run)
+                raise InputError("a stream is under way: one learn() at a time, and nothing else meanwhile")
 
-    def _results(self, run: LearnRun) -> Generator[Learned]:
+    def _begin(self, samples: Iterable[Any], options: Options) -> LearnRun:
+        with self._lock:
+            self._idle()
+            if self._every:
+                self._last = self._state.snapshot(self._learner, self._samples)
+            live = options.on_overload != "block"
+            source = Live(samples, options) if live else Pulled(samples)
+            inside = len(self.plan.stages) if options.on_overload == "latest" else 1 << 60
+            self._run = LearnRun(source, self._prepare, self, self._samples, self.rule.accumulate, inside, self._every)
+            return self._run
+
+    def _results(self, samples: Iterable[Any], options: Options) -> Generator[Learned]:
+        run = self._begin(samples, options)
         try:
             more = True
             while more or run.results:
@@ -143,53 +198,66 @@ class LearningPipeline(nn.Module):
             while not self._closed and self._turn(run):
                 run.results.clear()
         finally:
-            self._samples = run.submitted
             if self._run is run:
-                self._run = None
+                self._counted, self._samples, self._run = self.counts, run.submitted, None
+                # What nobody took counts as dropped.
+                lost = self._counted.in_flight
+                self._counted = replace(self._counted, dropped=self._counted.dropped + lost, in_flight=0)
 
     def _turn(self, run: LearnRun) -> bool:
         try:
-            return run.turn()
+            more = run.turn()
         except Exception as error:
+            if isinstance(error, (WorkerDied, WorkerHung)) and self._restart(run, error):
+                return True
             self._fail(error)
             raise
+        saved = run.saved(self._learn.stages) if self._every else None
+        if saved is not None:
+            self._last = self._state.assembled(saved[1], saved[0])
+        return more
+
+    def _restart(self, run: LearnRun, error: Exception) -> bool:
+        """Go on from the last snapshot with new workers; False after three deaths in a row without a new result."""
+        self._deaths = self._deaths + 1 if run.delivered + len(run.results) == self._seen else 1
+        self._seen = run.delivered + len(run.results)
+        if self._last is None or self._deaths > 3:
+            return False
+        assert self._learner is not None
+        self._learner.close()
+        self._learner = None
+        self._state.put_back(self._last, None)
+        again = run.restart(self._last["samples"])
+        self.restarts, self.relearned = self.restarts + 1, self.relearned + again
+        warnings.warn(
+            f"{str(error).splitlines()[0]}. The workers are replaced; {again} samples are learned again, from the "
+            f"snapshot after {self._last['samples']} samples on",
+            PipecompileWarning,
+            stacklevel=4,
+        )
+        return True
 
     def _learned(self, run: LearnRun) -> Learned:
         outcome: Outcome = run.results.popleft()
-        seq, run.delivered = run.delivered, run.delivered + 1
+        seq, run.delivered = self._counted.submitted + run.sequence.popleft(), run.delivered + 1
         output = unflatten(self._learn.package.out_tree, list(outcome.outputs))
         loss = None if outcome.status == PREDICTED else outcome.loss
         return Learned(seq, output, loss, outcome.versions, outcome.times, outcome.status == SKIPPED)
 
     def _prepare(self, item: Any, sample: int) -> tuple[list[Any], list[Any] | None]:
         """See :data:`pipecompile.learn_run.Prepare`."""
-        if not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise InputError(f"sample {sample} is no pair (input, target); the target may be None")
-        value, target = item
-        try:
-            leaves = self._arguments.of_item(value)
-            flat = None if target is None else self._target(target)
-        except InputError as error:
-            raise InputError(f"sample {sample}: {error}") from error
-        return [leaf.detach() for leaf in leaves], flat
-
-    def _target(self, target: Any) -> list[Any]:
-        leaves, tree = flatten(target)
-        spec = self._learn.target
-        if spec is None:
+        leaves, target = self._pairs.flat(item, sample)
+        if target is None:
+            return leaves, None
+        if self._learn.target is None:
             # The first target there is says what all are like; nothing has been learned until now.
-            self._learn = self._retarget(target)
+            try:
+                self._learn = self._retarget(target)
+            except InputError as error:
+                raise InputError(f"sample {sample}: {error}") from error
             self._stale = self._learner is not None
-            return leaves
-        if tree != spec.tree:
-            raise InputError(f"its target has another structure than that of the first: {type(target).__name__}")
-        for leaf, wanted in zip(leaves, spec.leaves, strict=True):
-            if tuple(leaf.shape) != wanted.shape or leaf.dtype is not wanted.torch_dtype:
-                raise InputError(
-                    f"its target is a {leaf.dtype} tensor of shape {tuple(leaf.shape)}; the first was "
-                    f"{wanted.torch_dtype} of shape {wanted.shape}, and all must be alike"
-                )
-        return [leaf.detach() for leaf in leaves]
+        assert self._learn.target is not None
+        return leaves, self._pairs.flat_target(target, sample, self._learn.target)
 
     def snapshot(self) -> dict[str, Any]:
         """Weights, buffers and optimizer after one update, the same in every stage; also while learning.
@@ -214,9 +282,8 @@ class LearningPipeline(nn.Module):
                 while (parts := run.parts(wanted, self._learn.stages)) is None and self._turn(run):
                     pass
                 if parts is not None:
-                    return self._assembled(parts, wanted + 1)
-            states = [] if self._learner is None else self._learner.states()
-            return self._assembled(states, self.samples)
+                    return self._state.assembled(parts, wanted + 1)
+            return self._state.snapshot(self._learner, self.samples)
 
     def load_snapshot(self, snapshot: Mapping[str, Any]) -> None:
         """Go on where :meth:`snapshot` was taken, in this pipeline or in one cut otherwise.
@@ -228,15 +295,10 @@ class LearningPipeline(nn.Module):
             InputError: if a stream is under way, or it is a snapshot of another model.
         """
         with self._lock:
-            self._check()
-            if self._run is not None:
-                raise InputError("a stream is under way: load a snapshot before or after it")
-            self._model.load_state_dict(snapshot["model"])
-            state, settings = self._weights.unpacked(snapshot["optimizer"])
-            self._carried = state, settings, int(snapshot["updates"])
-            if self._learner is not None:
-                self._learner.load(*self._carried)
+            self._idle()
+            self._state.put_back(snapshot, self._learner)
             self._samples = int(snapshot["samples"])
+            self._counted = Counts(self._samples, self._samples)  # numbers go on as there
 
     def set_optimizer(self, **settings: Any) -> None:
         """Change settings of the optimizers from the next stream on: ``pipe.set_optimizer(lr=0.01)``.
@@ -245,28 +307,8 @@ class LearningPipeline(nn.Module):
             InputError: if a stream is under way.
         """
         with self._lock:
-            self._check()
-            if self._run is not None:
-                raise InputError("a stream is under way: change settings before or after it")
-            state, known, version = self._carried
-            self._carried = state, {**known, **settings}, version
-            if self._learner is not None:
-                self._learner.load({}, settings, None)
-
-    def _assembled(self, parts: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
-        """A snapshot from what the stages say."""
-        versions = {part["version"] for part in parts if "version" in part and part.get("groups")}
-        if len(versions) > 1:
-            raise PipelineError(f"the parts of a snapshot are of different versions: {sorted(versions)}")
-        tensors = {name: value for part in parts for name, value in part.get("tensors", {}).items()}
-        state = {name: value for part in parts for name, value in part.get("state", {}).items()}
-        groups = {name: value for part in parts for name, value in part.get("groups", {}).items()}
-        return {
-            "model": self._weights.state_dict(tensors),
-            "optimizer": self._weights.packed(copy.deepcopy(state), groups),
-            "samples": samples,
-            "updates": max(versions, default=0),
-        }
+            self._idle()
+            self._state.set(settings, self._learner)
 
     def close(self) -> None:
         """End. What is in flight is computed and updates made, its results dropped. Closing twice is fine.
@@ -354,8 +396,7 @@ class LearningPipeline(nn.Module):
             else:
                 self._learner = ProcessLearner(self._learn, tensors, self._options, **self._watching)
             self._weights.remember()
-            if self._carried != ({}, {}, None):
-                self._learner.load(*self._carried)
+            self._state.hand_over(self._learner)
         elif self._weights.moved():
             raise InputError(
                 "the model's parameters were replaced (assign=True, .double(), .to()): compile again, or load values "

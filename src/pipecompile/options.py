@@ -91,6 +91,8 @@ class LearningOptions(EveryMode, LossAndOptimizer, total=False):
     example_targets: Any
     on_nonfinite: OnNonfinite
     scale_lr: bool
+    on_failure: OnFailure
+    snapshot_every: int
     seed: int
 
 

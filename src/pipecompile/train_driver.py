@@ -37,7 +37,7 @@ from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_step import VerifyStep
 from pipecompile.runtime.batches import Reduction, batched_inputs, split_inputs, split_targets
 from pipecompile.runtime.measure import CpuMeasure
-from pipecompile.runtime.update import OptimizerFactory
+from pipecompile.runtime.update import OptimizerFactory, copies_kept
 from pipecompile.schedules.recompute import RecomputeName
 from pipecompile.schedules.training import STEP_SCHEDULES, ScheduleName
 from pipecompile.training import ExecutorName, TrainingPipeline
@@ -107,6 +107,7 @@ def compile_training(
         Recompute(recompute, memory_limit),
         MeasureStep(profile_seconds / 8, deferred_batch_norm),
         time_limit,
+        2.0 if optimizer is None else copies_kept(optimizer),
     )
     names = [name for name in names if schedule != "auto" or STEP_SCHEDULES[name].chunks <= len(traced.graph.layers)]
     chosen = ChooseStep(memory_limit).apply([planner.candidate(name, profile) for name in names])
@@ -155,6 +156,7 @@ class StepPlanner:
     recompute: Recompute
     measure_step: MeasureStep
     time_limit: float
+    copies: float = 2.0
     _costs: dict[Any, tuple[StageCost, ...]] = field(default_factory=dict[Any, tuple[StageCost, ...]])
 
     def candidate(self, name: str, profile: Profile) -> Candidate:
@@ -172,7 +174,7 @@ class StepPlanner:
 
     def _attempt(self, name: str, profile: Profile) -> Candidate:
         graph = self.traced.graph
-        planner = PlanStep(name, self.time_limit)
+        planner = PlanStep(name, self.time_limit, self.micro_batches, self.copies)
         plan = planner.apply(graph, profile, self.cluster)
         order = planner.program(plan, self.micro_batches)
         program = VerifyStep().apply(self.lower.apply(graph, plan, order, self.gradients))

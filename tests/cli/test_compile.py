@@ -43,10 +43,12 @@ def test_compile_then_run_array(folder: Path) -> None:
     assert torch.equal(torch.from_numpy(np.load(folder / "scores.npy")), expected)
 
 
-def test_keyword_inputs_and_random(folder: Path) -> None:
+def test_keyword_inputs_and_random(folder: Path, run: Callable[..., tuple[int, str, str]]) -> None:
     words = ("--input", "ids=2x4:int64", "--input", "2x4x1")
-    done(command(folder, "compile", "nets.py:Words", *words, "--devices", "1", "--name", "words"))
-    out = done(command(folder, "run", "words.pipe", "--input", "random:9", "--inline", "-o", "scores.npy"))
+    status, _, err = run("compile", "nets.py:Words", *words, "--devices", "1", "--name", "words")
+    assert status == 0, err
+    status, out, err = run("run", "words.pipe", "--input", "random:9", "--inline", "-o", "scores.npy")
+    assert status == 0, err
     assert "9 samples" in out
     assert np.load(folder / "scores.npy").shape == (9, 2, 4, 3)
 

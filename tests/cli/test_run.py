@@ -218,7 +218,7 @@ def test_ctrl_c_ends_with_the_summary_and_leaves_nobody(saved: Path, folder: Pat
     finally:
         process.kill()
     assert process.returncode == 130, err
-    assert "samples/s on 2 stages" in out
+    assert "samples/s after the first, on 2 stages" in out
     assert "Traceback" not in err
     assert err.strip() == "error: interrupted"
     lines = (folder / "out.jsonl").read_text().splitlines()

@@ -132,13 +132,13 @@ def norms() -> Steps:
         {
             "conv0": nn.Conv2d(1, 4, 3, padding=1, bias=False),
             "norm0": nn.BatchNorm2d(4),
-            "relu0": nn.ReLU(),
+            "bend0": nn.LeakyReLU(0.1),
             "conv1": nn.Conv2d(4, 4, 3, padding=1, bias=False),
             "norm1": nn.BatchNorm2d(4),
-            "relu1": nn.ReLU(),
+            "bend1": nn.LeakyReLU(0.1),
             "conv2": nn.Conv2d(4, 4, 3, padding=1, stride=2, bias=False),
             "norm2": nn.BatchNorm2d(4),
-            "relu2": nn.ReLU(),
+            "bend2": nn.LeakyReLU(0.1),
             "flat": nn.Flatten(),
             "head": nn.Linear(36, 3),
         }

@@ -108,7 +108,7 @@ def test_what_is_kept_is_counted_from_what_autograd_saves() -> None:
 
 def test_options_of_the_other_mode_are_refused() -> None:
     job = TRAINING["mlp"].make()
-    with pytest.raises(pipecompile.InputError, match="loss_fn: only mode='train' takes that"):
+    with pytest.raises(pipecompile.InputError, match="loss_fn: only mode='train' or mode='learn' takes that"):
         pipecompile.compile(job.model, job.inputs, loss_fn=job.loss_fn)  # type: ignore[call-overload]
     with pytest.raises(PlanError, match="mode='fly' is not available: choose 'infer'"):
         pipecompile.compile(job.model, job.inputs, mode="fly")  # type: ignore[call-overload]

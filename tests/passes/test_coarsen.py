@@ -72,7 +72,13 @@ def test_a_free_layer_joins_the_heavier_side() -> None:
     assert contract(problem, lossless(problem)).groups == ((0, 1), (2,), (3,))
 
 
-@pytest.mark.parametrize("problem", [oracles.gpt_like(500), cells(70, 4)], ids=["transformer", "cells"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        pytest.param(oracles.gpt_like(500), id="transformer"),
+        pytest.param(cells(70, 4), id="cells", marks=pytest.mark.slow),
+    ],
+)
 def test_merged_plans_are_within_two_percent(problem: Problem) -> None:
     unmerged = solve(problem, time_limit=5.0, gap=2e-3)
     merged = Coarsen(100, share=0.04).apply(problem)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipecompile.driver import Compiler
+from pipecompile.infer_driver import Compiler
 from pipecompile.ir.cluster import Cluster, Device, Link
 from pipecompile.ir.measure import Job
 from pipecompile.ir.package import Package

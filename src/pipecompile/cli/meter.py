@@ -24,13 +24,13 @@ class Meter:
 
     def __init__(self) -> None:
         self.latencies = array("d")
-        self._first: float | None = None
+        self._first: Record | None = None
         self._last = 0.0
         self._recent: deque[tuple[float, float]] = deque(maxlen=_RECENT)
 
     def add(self, record: Record) -> None:
         """A result has come."""
-        self._first = record.offered if self._first is None else self._first
+        self._first = record if self._first is None else self._first
         self._last = record.left
         self.latencies.append(record.latency)
         self._recent.append((record.left, record.latency))
@@ -38,12 +38,13 @@ class Meter:
     @property
     def seconds(self) -> float:
         """From the first sample being offered to the last result."""
-        return 0.0 if self._first is None else self._last - self._first
+        return 0.0 if self._first is None else self._last - self._first.offered
 
     @property
     def rate(self) -> float:
-        """Results a second since the beginning."""
-        return len(self.latencies) / self.seconds if self.seconds else 0.0
+        """Results a second after the first, which waited for workers to start and the pipeline to fill."""
+        span = 0.0 if self._first is None else self._last - self._first.left
+        return (len(self.latencies) - 1) / span if span > 0.0 else 0.0
 
     def percentile(self, fraction: float) -> float:
         """A latency in seconds."""
@@ -66,7 +67,8 @@ class Meter:
         """The whole, in words."""
         if not self.latencies:
             return "no results"
-        words = f"{len(self.latencies)} samples in {self.seconds:.2f} s: {self.rate:,.1f} samples/s on {stages} stages"
+        rate = f": {self.rate:,.1f} samples/s after the first" if self.rate else ""
+        words = f"{len(self.latencies)} samples in {self.seconds:.2f} s{rate}, on {stages} stages"
         parts = [
             f"{name} {ms(self.percentile(fraction))} ms"
             for name, fraction in (("median", 0.5), ("90%", 0.9), ("99%", 0.99), ("longest", 1.0))

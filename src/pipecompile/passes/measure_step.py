@@ -134,13 +134,16 @@ def _saved(run: Callable[[], Any], weights: Sequence[torch.Tensor]) -> tuple[Any
     own = {w.untyped_storage().data_ptr() for w in weights}
     storages: dict[int, int] = {}
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+    def note(tensor: torch.Tensor) -> None:
+        # Nothing goes back through this graph; to keep a result of it in it would be a cycle never freed.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    def never(_: None) -> torch.Tensor:
+        raise AssertionError("this graph is not gone back through")
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(note, never):
         made, kept = run()
     del kept
     return made, sum(storages.values())

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from pipecompile.errors import PlanError
-from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.cluster import Cluster, Device
 from pipecompile.ir.graph import ModelGraph
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.profile import Profile
 from pipecompile.ir.program import Program
 from pipecompile.ir.training import Gradients
 from pipecompile.passes.operators import heavy_weights
-from pipecompile.passes.partition import Partition
+from pipecompile.passes.partition import Partition, Training
 from pipecompile.schedules.training import STEP_SCHEDULES, StepSchedule
 
 
@@ -21,19 +22,28 @@ from pipecompile.schedules.training import STEP_SCHEDULES, StepSchedule
 class PlanStep:
     """Cut a model for one of :data:`~pipecompile.schedules.training.STEP_SCHEDULES`.
 
-    ``time_limit`` is the solver's, in seconds.
+    A device's memory holds its weights ``copies`` times (themselves, gradients, optimizer state) and
+    the activations of as many of ``micro_batches`` as the schedule has in flight there: under ``1f1b``
+    as many as there are stages from there to the end, under ``zb_h1`` at most as many as there are
+    stages, else all of them (exact for ``gpipe`` and ``breadth_first``, the most there can be for the
+    others). ``time_limit`` is the solver's, in seconds.
     """
 
     schedule: str = "1f1b"
     time_limit: float = 10.0
+    micro_batches: int = 1
+    copies: float = 2.0
 
     def apply(self, graph: ModelGraph, profile: Profile, cluster: Cluster) -> Plan:
         """The plan, with as many stages on each device as the schedule wants.
 
-        A model with too few layers uses fewer devices; the plan's notes say so.
+        The profile's seconds are those of both passes (:func:`training_profile`). Schedules want stage s
+        on device s, so the plan's cluster lists the devices in the order the planner chose. Stages that
+        share a device are balanced one by one, each with its share of the memory, and unlike devices then
+        count as the weakest of them. A model with too few layers uses fewer devices; the plan's notes say so.
 
         Raises:
-            PlanError: for an unknown schedule, or a model with too few layers for one device.
+            PlanError: for an unknown schedule, a model with too few layers for one device, or too little memory.
         """
         chosen = step_schedule(self.schedule)
         devices = min(len(cluster.devices), len(graph.layers) // chosen.chunks)
@@ -43,17 +53,38 @@ class PlanStep:
                 "use '1f1b' or 'gpipe'"
             )
         place = chosen.place(devices)
-        spread = replace(cluster, devices=tuple(cluster.devices[device] for device in place))
-        plan = Partition(len(place), time_limit=self.time_limit).apply(graph, profile, spread)
-        stages = tuple(replace(stage, device=place[stage.index]) for stage in plan.stages)
+        among = cluster.devices[:devices]
+        spread = tuple(_chunk(among, device, chosen.chunks) for device in place) if chosen.chunks > 1 else among
+        flying: dict[str, Literal["1f1b", "zb_h1"]] = {"1f1b": "1f1b", "zb_h1": "zb_h1"}
+        training = Training(schedule=flying.get(self.schedule, "gpipe"), micro_batches=self.micro_batches, copies=self.copies)
+        partition = Partition(len(place), time_limit=self.time_limit, training=training)
+        plan = partition.apply(graph, profile, replace(cluster, devices=spread))
+        if chosen.chunks == 1:
+            among = tuple(among[stage.device] for stage in plan.stages)
+        memory = [0.0] * len(among)
+        for stage in plan.stages:
+            memory[place[stage.index]] += plan.memory[stage.device]
         notes = plan.notes
         if devices < len(cluster.devices):
             notes = (*notes, f"{len(cluster.devices)} devices asked for, {devices} used: {len(graph.layers)} layers")
-        return replace(plan, stages=stages, cluster=replace(cluster, devices=cluster.devices[:devices]), notes=notes)
+        return replace(
+            plan,
+            stages=tuple(replace(stage, device=place[stage.index]) for stage in plan.stages),
+            cluster=replace(cluster, devices=among),
+            notes=notes,
+            memory=tuple(memory) if plan.memory else (),
+        )
 
     def program(self, plan: Plan, micro_batches: int) -> Program:
         """The compute-only order of the schedule for a plan made for it."""
         return step_schedule(self.schedule).order(plan, micro_batches)
+
+
+def _chunk(devices: Sequence[Device], index: int, chunks: int) -> Device:
+    """One of ``chunks`` equal parts of a device, as weak as the weakest of all."""
+    limits = [device.memory for device in devices if device.memory is not None]
+    memory = min(limits) / chunks if limits else None
+    return replace(devices[index], speed=min(device.speed for device in devices), memory=memory)
 
 
 def step_schedule(name: str) -> StepSchedule:

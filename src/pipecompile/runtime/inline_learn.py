@@ -73,8 +73,8 @@ class InlineLearner:
         self._check()
         return self._host.end()
 
-    def wait(self, *, room: bool) -> None:
-        """See ``Learner``: computes until then."""
+    def wait(self, *, room: bool, timeout: float | None = None) -> None:
+        """See ``Learner``: computes until then, and so never waits."""
         self._check()
         host = self._host
         with self._failing(), stage_mode(1), torch.random.fork_rng(devices=[]):

@@ -28,8 +28,8 @@ class Learner(Protocol):
         """No sample follows in this stream; False while there is no room for the word of it."""
         ...
 
-    def wait(self, *, room: bool) -> None:
-        """Block until a result is there, or (where asked) room, or the stream is through.
+    def wait(self, *, room: bool, timeout: float | None = None) -> None:
+        """Block until a result is there, or (where asked) room, or the stream is through, or so many seconds.
 
         Raises:
             StepError: if a stage raises; the learner is closed then.
@@ -130,6 +130,11 @@ class LearnHost:
         self._end = self.submitted
         self.submitted += 1
         return True
+
+    def forget(self) -> None:
+        """Let go of the rings' memory, for good."""
+        self.inputs, self.senders, self.target = [], [], None
+        del self.receiver
 
     def arrived(self) -> bool:
         """Whether the next result, or the end of the stream, is there."""

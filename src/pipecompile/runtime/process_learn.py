@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import weakref
@@ -57,6 +58,7 @@ class ProcessLearner:
         self._limit = max(_HANG_SECONDS, _HANG_FACTOR * planned) if hang_seconds is None else hang_seconds
         self.snapshots: list[dict[str, Any]] = []
         self._busy: set[int] = set()
+        self._channels: dict[int, Worker] = {}
         try:
             self._open(options, dict(throttle or {}))
         except BaseException:
@@ -134,17 +136,19 @@ class ProcessLearner:
         self._check()
         return self._host.end()
 
-    def wait(self, *, room: bool) -> None:
+    def wait(self, *, room: bool, timeout: float | None = None) -> None:
         """See ``Learner``."""
         self._check()
-        self._guarded(lambda: self._wait(room))
+        self._guarded(lambda: self._wait(room, timeout))
 
-    def _wait(self, room: bool) -> None:
+    def _wait(self, room: bool, timeout: float | None) -> None:
         host, begun = self._host, clock()
+        deadline = math.inf if timeout is None else begun + timeout
         poller = self._for_either if room else self._for_result
         ports = {**self._arrivals, **self._credits}
-        while not host.arrived() and not (room and host.room()) and self._busy:
-            events = [fd for fd, _ in poller.poll(int(min(self._limit / 4, 1.0) * 1000))]
+        while not host.arrived() and not (room and host.room()) and self._busy and clock() < deadline:
+            seconds = min(self._limit / 4, 1.0, max(0.001, deadline - clock()))
+            events = [fd for fd, _ in poller.poll(int(seconds * 1000))]
             for fd in events:
                 if fd in ports:
                     ports[fd].refill()
@@ -220,7 +224,13 @@ class ProcessLearner:
         if self._closed != "it was closed" and self._crew.workers:
             self._settle()
         self._closed = self._closed or "it was closed"
+        self._stop()
+
+    def _stop(self) -> None:
         self._crew.stop()
+        if self._channels:
+            self._host.forget()
+            self._channels, self._arrivals, self._credits, self._busy = {}, {}, {}, set()
 
     def _settle(self) -> None:
         deadline, watched = clock() + min(_GRACE_SECONDS, self._limit), select.poll()
@@ -236,7 +246,7 @@ class ProcessLearner:
         except BaseException as error:
             self._closed = f"it failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             self._settle()
-            self._crew.stop()
+            self._stop()
             raise
 
     def _check(self) -> None:

@@ -17,6 +17,16 @@ from pipecompile.runtime.step import NotFinite, Sums
 OptimizerFactory = Callable[[list[Any]], torch.optim.Optimizer]
 
 
+def copies_kept(factory: OptimizerFactory) -> float:
+    """How many times training keeps a weight: itself, its gradient, and what the optimizer keeps after a step."""
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = factory([weight])
+    optimizer.step()
+    kept = optimizer.state[weight].values()
+    return 2.0 + sum(isinstance(value, torch.Tensor) and value.numel() >= weight.numel() for value in kept)
+
+
 class Board(Protocol):
     """Where devices add up the squares of their gradients."""
 
@@ -242,4 +252,4 @@ class LocalBoard:
         return sum(self._given[device] for device in sorted(self._given))
 
 
-__all__ = ["Board", "DeviceUpdates", "Handover", "LocalBoard", "OptimizerFactory"]
+__all__ = ["Board", "DeviceUpdates", "Handover", "LocalBoard", "OptimizerFactory", "copies_kept"]

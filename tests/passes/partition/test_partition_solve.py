@@ -56,7 +56,7 @@ def optimal(problem: Problem, solver: SolverName = "auto") -> None:
     assert solution.notes == ()
 
 
-@settings(RELAXED, max_examples=70)
+@settings(RELAXED, max_examples=30)
 @given(problem=oracles.plain_problems(8))
 def test_optimal_on_plain_problems(problem: Problem) -> None:
     optimal(problem)
@@ -68,13 +68,13 @@ def test_optimal_with_all_features_at_once(problem: Problem) -> None:
     optimal(problem)
 
 
-@settings(RELAXED, max_examples=25)
+@settings(RELAXED, max_examples=12)
 @given(problem=oracles.problems(6))
 def test_the_integer_program_alone_agrees(problem: Problem) -> None:
     optimal(problem, "highs")
 
 
-@settings(RELAXED, max_examples=15)
+@settings(RELAXED, max_examples=8)
 @given(problem=oracles.problems(6))
 def test_cbc_agrees(problem: Problem) -> None:
     optimal(problem, "cbc")
@@ -85,6 +85,21 @@ def test_cbc_agrees(problem: Problem) -> None:
 @given(problem=oracles.problems(9))
 def test_optimal_with_all_features_at_length(problem: Problem) -> None:
     optimal(problem)
+
+
+@pytest.mark.slow
+@settings(RELAXED, max_examples=300)
+@given(problem=oracles.plain_problems(8))
+def test_optimal_on_plain_problems_at_length(problem: Problem) -> None:
+    optimal(problem)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["highs", "cbc"])
+@settings(RELAXED, max_examples=100)
+@given(problem=oracles.problems(6))
+def test_each_solver_alone_at_length(solver: SolverName, problem: Problem) -> None:
+    optimal(problem, solver)
 
 
 @settings(RELAXED, max_examples=60)

@@ -25,13 +25,13 @@ ObjectiveName = Literal["throughput", "latency"]
 class Training:
     """What training adds to the problem.
 
-    ``backward`` is seconds per layer of the backward pass. Weights are kept ``copies`` times
+    ``backward`` is seconds per layer of the backward pass; empty: the profile counts them already. Weights are kept ``copies`` times
     (themselves, gradients, optimizer state: 2 for plain SGD, 4 for Adam). Activations of as many
     micro-batches are kept as ``schedule`` has in flight. One update follows ``micro_batches``.
     """
 
-    backward: tuple[float, ...]
-    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    backward: tuple[float, ...] = ()
+    schedule: Literal["gpipe", "1f1b", "zb_h1"] = "1f1b"
     micro_batches: int = 1
     copies: float = 2.0
 
@@ -153,8 +153,9 @@ def problem_of(
     count = len(graph.layers)
     if len(profile.seconds) != count:
         raise PlanError(f"the profile has {len(profile.seconds)} layers, the graph {count}: profile this graph again")
-    if training is not None and len(training.backward) != count:
-        raise PlanError(f"backward times of {len(training.backward)} layers, the graph has {count}")
+    backward = training.backward if training is not None and training.backward else (0.0,) * count
+    if len(backward) != count:
+        raise PlanError(f"backward times of {len(backward)} layers, the graph has {count}")
     made_by = graph.producer
     readers: dict[str, list[int]] = defaultdict(list)
     for index, layer in enumerate(graph.layers):
@@ -193,7 +194,7 @@ def problem_of(
     pairs = [(i, j) for i in range(stages) for j in range(stages) if i != j]
     links = {pair: cluster.between(*pair) for pair in pairs if cluster.between(*pair) != cluster.link}
     return Problem(
-        cost=tuple(s + (training.backward[i] if training else 0.0) for i, s in enumerate(profile.seconds)),
+        cost=tuple(forward + back for forward, back in zip(profile.seconds, backward, strict=True)),
         edges=tuple(edge for edge in graph.edges if edge[0] != edge[1]),
         values=tuple(values),
         places=tuple(Place(d.name, d.speed, inf if d.memory is None else d.memory) for d in devices),

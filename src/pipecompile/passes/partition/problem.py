@@ -94,21 +94,22 @@ class Memory:
     ``copies`` of every weight (1; in training also gradients and optimizer state), activations of
     as many samples as the schedule has in flight at the stage, and ``slots`` of every value
     received. ``schedule``: ``stream`` has one sample in flight, ``gpipe`` all ``micro_batches``,
-    ``1f1b`` as many as there are stages from this one to the end, up to ``micro_batches``.
+    ``1f1b`` as many as there are stages from this one to the end, ``zb_h1`` as many as there are
+    stages, both up to ``micro_batches``.
     ``update_every`` is the number of samples per update after which copies of a weight on several
     devices sum their gradients; 0: never.
     """
 
     copies: float = 1.0
-    schedule: Literal["stream", "gpipe", "1f1b"] = "stream"
+    schedule: Literal["stream", "gpipe", "1f1b", "zb_h1"] = "stream"
     micro_batches: int = 1
     slots: float = 0.0
     update_every: float = 0.0
 
     def in_flight(self, stage: int, stages: int) -> int:
         """Samples whose activations stage ``stage`` of ``stages`` keeps at the same time."""
-        whole = {"stream": 1, "gpipe": self.micro_batches, "1f1b": min(self.micro_batches, stages - stage)}
-        return whole[self.schedule]
+        most = {"stream": 1, "gpipe": self.micro_batches, "1f1b": stages - stage, "zb_h1": stages}[self.schedule]
+        return most if self.schedule == "stream" else min(self.micro_batches, most)
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ class Problem:
     @property
     def positional(self) -> bool:
         """Whether what a stage needs depends on how many stages there are."""
-        return self.limited and self.memory.schedule == "1f1b" and any(self.activations)
+        return self.limited and self.memory.schedule in ("1f1b", "zb_h1") and any(self.activations)
 
     @cached_property
     def graph(self) -> nx.DiGraph[int]:

@@ -1,0 +1,160 @@
+"""Learning in worker processes: the same numbers, and what happens when a worker dies, hangs or raises."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from learners import learning, network, same, stream
+from pipecompile import Learned, LearningPipeline
+from pipecompile.errors import PipecompileWarning, PipelineClosed, StepError, WorkerDied, WorkerHung
+from pipecompile.runtime import nursery
+from pipecompile.runtime.process_learn import ProcessLearner
+
+
+def pids(pipe: LearningPipeline) -> tuple[int, ...]:
+    learner = pipe._learner
+    assert isinstance(learner, ProcessLearner)
+    return learner.pids
+
+
+def gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+def descriptors() -> int:
+    nursery.prepare()  # stays for the next pipeline
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize(("updates", "group"), [("weight_stashing", 1), ("sideways", 1), ("sync", 3)])
+def test_workers_learn_what_one_process_learns(updates: str, group: int) -> None:
+    samples = stream(30, without=(2, 11))
+    with learning(network(), 2, updates, accumulate=group) as pipe:
+        wanted = [*pipe.learn(samples[:20]), *pipe.learn(samples[20:])]
+        final = pipe.snapshot()
+    before = descriptors()
+    with learning(network(), 2, updates, accumulate=group, executor="process") as pipe:
+        found: list[Any] = []
+        snapshots: list[dict[str, Any]] = []
+        for result in pipe.learn(samples[:20]):
+            found.append(result)
+            if result.seq == 5:
+                snapshots.append(pipe.snapshot())
+        found += pipe.learn(samples[20:])
+        workers, end = pids(pipe), pipe.snapshot()
+        # The caller's own parameters are those of the workers.
+        assert same(end["model"], dict(pipe.state_dict()))
+        assert same(end["model"], final["model"])
+        assert (end["samples"], end["updates"]) == (final["samples"], final["updates"])
+    assert [(r.seq, r.loss, r.versions) for r in found] == [(r.seq, r.loss, r.versions) for r in wanted]
+    assert all(torch.equal(one.output, other.output) for one, other in zip(found, wanted, strict=True))
+    assert all(result.times.latency > 0 for result in found)
+    assert all(gone(pid) for pid in workers)
+    del pipe, end
+    assert descriptors() == before
+    if updates != "sideways":  # there the last samples of a stream learn from graphs that it has no newer ones for
+        (snapshot,) = snapshots
+        with learning(network(), 2, updates, accumulate=group) as pipe:
+            list(pipe.learn(samples[: snapshot["samples"]]))
+            assert same(pipe.snapshot()["model"], snapshot["model"])
+
+
+class Loss(nn.Module):
+    """Does something to the sample whose targets are all 2."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, result: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if bool((target == 2).all()):
+            if self.what == "sleep":
+                time.sleep(60)
+            raise IndexError("no such class")
+        return nn.functional.cross_entropy(result, target)
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "said"),
+    [
+        ("raise", StepError, r"stage 1 on device 1 raised IndexError at sample 12: no such class"),
+        ("sleep", WorkerHung, r"device 1 \(stages 1\) made no progress for .* after waiting"),
+        ("die", WorkerDied, r"device 0 \(stages 0\) was killed by SIGKILL"),
+    ],
+)
+def test_a_worker_that_raises_hangs_or_dies_is_named(what: str, error: type[Exception], said: str) -> None:
+    samples = stream(400)
+    samples[12] = samples[12][0], torch.full((4,), 2 if what != "die" else 0)
+    model, seen = network(), list[int]()
+    with learning(model, 2, executor="process", loss_fn=Loss(what), hang_seconds=1.0) as pipe:
+        workers = set[int]()
+        begun = time.monotonic()
+
+        def note(result: Learned) -> None:
+            seen.append(result.seq)
+            workers.update(pids(pipe))
+            if what == "die" and result.seq == 12:
+                os.kill(pids(pipe)[0], signal.SIGKILL)
+
+        with pytest.raises(error, match=said):
+            deque(map(note, pipe.learn(samples)), maxlen=0)
+        assert time.monotonic() - begun < 30
+        assert seen == list(range(len(seen)))
+        assert len(seen) == 12 if what != "die" else len(seen) > 12
+        assert all(gone(pid) for pid in workers)
+        assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+        with pytest.raises(PipelineClosed, match="it failed"):
+            pipe.learn(samples)
+
+
+def test_closing_in_the_middle_computes_what_is_inside_and_leaves_nothing() -> None:
+    before = descriptors()
+    pipe = learning(network(), 2, executor="process")
+    assert descriptors() == before
+    results = pipe.learn(stream(100))
+    next(results)
+    workers = pids(pipe)
+    pipe.close()
+    assert all(gone(pid) for pid in workers)
+    with pytest.raises(PipelineClosed, match="it was closed"):
+        next(results)
+    dropped = learning(network(), 2, executor="process")
+    list(dropped.learn(stream(2)))
+    workers = pids(dropped)
+    del dropped, results, pipe
+    assert descriptors() == before
+    assert all(gone(pid) for pid in workers)
+
+
+def test_after_a_death_learning_goes_on_from_the_last_snapshot_and_says_what_is_learned_again() -> None:
+    samples, seen = stream(60), list[int]()
+    with learning(network(), 2) as pipe:  # what the workers do when nothing happens
+        list(pipe.learn(samples))
+        wanted = dict(pipe.state_dict())
+    with learning(network(), 2, "sync", executor="process", on_failure="restart", snapshot_every=8) as pipe:
+        results = pipe.learn(samples)
+        seen += [next(results).seq for _ in range(30)]
+        os.kill(pids(pipe)[1], signal.SIGKILL)
+        with pytest.warns(PipecompileWarning, match=r"device 1 .* was killed by SIGKILL.* samples are learned again"):
+            seen += [result.seq for result in results]
+        assert seen == list(range(60))
+        assert pipe.restarts == 1
+        assert 0 < pipe.relearned < 30
+        assert pipe.counts.delivered == 60
+        snapshot = pipe.snapshot()
+        assert (snapshot["samples"], snapshot["updates"]) == (60, 60)
+    with learning(network(), 1) as pipe:  # sync does not care where a stream begins anew
+        list(pipe.learn(samples))
+        assert same(snapshot["model"], dict(pipe.state_dict()))
+    assert not same(snapshot["model"], wanted)
