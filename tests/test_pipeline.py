@@ -209,8 +209,8 @@ def test_unknown_mode_is_refused() -> None:
 
 
 def test_options_of_the_other_mode_and_of_none() -> None:
-    with pytest.raises(InputError, match="mode='train' needs loss_fn= and optimizer="):
-        compiled(mlp(), torch.randn(2, 8), mode="train")
+    with pytest.raises(InputError, match="loss_fn= and optimizer= go together"):
+        compiled(mlp(), torch.randn(2, 8), mode="train", loss_fn=nn.MSELoss())
     with pytest.raises(InputError, match="micro_batches: only mode='train' takes that"):
         compiled(mlp(), torch.randn(2, 8), micro_batches=2)
     with pytest.raises(TypeError, match="no option 'device'; did you mean 'devices'"):

@@ -163,8 +163,7 @@ def test_what_a_stage_raises_comes_back_with_its_place() -> None:
             StepError, match=r"stage 0 on device 0 raised IndexError in embed .* in step 0: index out of"
         ):
             pipe.train_step(bad, job.targets)
-        with pytest.raises(PipelineClosed):
-            pipe.train_step(job.inputs, job.targets)
+        assert float(pipe.train_step(job.inputs, job.targets)) > 0
 
 
 def test_a_loss_that_cannot_travel_is_named() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipecompile.errors import (
         ArtefactError,
         InputError,
+        NonFiniteError,
         Overloaded,
         PipecompileError,
         PipecompileWarning,
@@ -77,6 +78,7 @@ __all__ = [
     "Learned",
     "LearningPipeline",
     "Link",
+    "NonFiniteError",
     "Overloaded",
     "PipecompileError",
     "PipecompileWarning",

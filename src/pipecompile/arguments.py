@@ -47,6 +47,10 @@ class Arguments:
         self._same_structure(tree, self._tree, "the call")
         return leaves
 
+    def flat_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """As :meth:`of_call`, compared in structure only."""
+        return self._flat(args, kwargs)
+
     def check(self, leaves: list[Any]) -> list[Any]:
         """The flat tensors of a call, compared with what was compiled for."""
         new_sizes = False

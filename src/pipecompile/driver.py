@@ -121,7 +121,9 @@ def compile(
             first. After three deaths in a row without a new result the last one is raised.
         loss_fn: (train, learn) called as ``loss_fn(result, target)`` in the last stage; gives a scalar.
         optimizer: (train, learn) called with a list of parameters, such as
-            ``functools.partial(torch.optim.SGD, lr=0.1)``; one is made for each stage.
+            ``functools.partial(torch.optim.SGD, lr=0.1)``; one is made for each stage. In training, without
+            both ``pipe(x)`` takes part in autograd, for a loss and an optimizer of the caller's (schedules
+            ``"gpipe"`` and ``"breadth_first"`` only).
         schedule: (train) ``"gpipe"``, ``"1f1b"``, ``"interleaved"``, ``"breadth_first"``, ``"zb_h1"``,
             ``"zb_v"``, or ``"auto"``, which measures the stages and simulates all of them.
         micro_batches: (train) into how many parts a batch is split along dimension 0. Where it does
@@ -130,9 +132,14 @@ def compile(
             or a function of a target that counts what its mean is over.
         example_targets: (train, learn) targets of the example, to measure the last stage with.
         clip_norm: (train) the largest norm of all gradients together.
-        memory_limit: (train) bytes of activations a device may keep; ``"auto"`` chooses within it.
+        memory_limit: (train) bytes of activations a device may keep; ``schedule="auto"`` chooses within it.
+        recompute: (train) ``"none"``; ``"stage"``: stages keep what they receive and compute the rest again
+            for the backward; ``"auto"``: as few of them as ``memory_limit`` asks for.
+        deferred_batch_norm: (train) running statistics are updated once a step, with those of the whole
+            batch (each micro-batch is normalised by its own all the same).
         seed: (train, learn) of dropout masks.
         keep_gradients: (train) for ``pipe.gradients()``.
+        check_finite: (train) a step whose loss or gradients are NaN or infinite raises before the update.
         updates: (learn) ``"sync"``, ``"weight_stashing"``, ``"2bw"``, ``"stale"`` or ``"sideways"``: which
             weights a backward sees. See docs/learning.md.
         clock: (learn) ``"1f1b"``, or ``"lockstep"``, PARTIME's, which doubles the delay.

@@ -98,6 +98,17 @@ class StepError(PipelineError):
     """A stage raised in a training step. Names stage, device, micro-batch, layer and line."""
 
 
+class NonFiniteError(StepError):
+    """A loss or gradients are NaN or infinite (``check_finite=True``); nothing was updated.
+
+    ``micro_batch`` is the one whose loss is, -1 where only gradients are: those of ``weights``.
+    """
+
+    def __init__(self, message: str = "", *, micro_batch: int = -1, weights: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.micro_batch, self.weights = micro_batch, weights
+
+
 class WorkerDied(PipelineError):
     """The process of a device ended without being asked to."""
 

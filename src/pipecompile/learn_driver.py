@@ -21,9 +21,11 @@ from pipecompile.learning import LearningPipeline
 from pipecompile.options import Progress, silent
 from pipecompile.passes.codegen_learn import CodegenLearn
 from pipecompile.passes.lower_learn import LowerLearn
-from pipecompile.passes.lower_step import owners, weight_users
+from pipecompile.passes.lower_step import LowerStep, owners, weight_users
+from pipecompile.passes.measure_step import MeasureStep
 from pipecompile.passes.plan_step import training_profile
 from pipecompile.passes.profile import ProfileLayers
+from pipecompile.passes.recompute import Recompute
 from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_learn import VerifyLearn
 from pipecompile.runtime.learn import LearnOptions, OnNonfinite
@@ -78,7 +80,8 @@ def compile_learning(
     # What a stage computes for a sample is what a training step computes for a micro-batch.
     chosen = StepPlanner(
         traced, gradients, leaves, ExampleLoss(copy.deepcopy(loss_fn), graph.out_tree, example_targets), measure,
-        replace(cluster, link=measured.link), 1, ahead, time_limit, profile_seconds,
+        replace(cluster, link=measured.link), 1, LowerStep(ahead), Recompute(), MeasureStep(profile_seconds / 8),
+        time_limit,
     ).candidate("1f1b", training_profile(graph, measured, gradients))  # fmt: skip
     plan = chosen.plan
     if len(plan.cluster.devices) < len(cluster.devices):

@@ -15,6 +15,7 @@ from pipecompile.passes.partition import ObjectiveName
 from pipecompile.runtime.batches import Reduction
 from pipecompile.runtime.learn import OnNonfinite
 from pipecompile.runtime.update import OptimizerFactory
+from pipecompile.schedules.recompute import RecomputeName
 from pipecompile.schedules.training import ScheduleName
 from pipecompile.streams.engine import ExecutorName, OnFailure
 from pipecompile.streams.entrance import Overload
@@ -57,21 +58,26 @@ class InferenceOptions(EveryMode, total=False):
 
 
 class LossAndOptimizer(TypedDict):
-    """What every mode that trains needs."""
+    """What learning needs."""
 
     loss_fn: Callable[[Any, Any], Any]
     optimizer: OptimizerFactory
 
 
-class TrainingOptions(EveryMode, LossAndOptimizer, total=False):
-    """Options of ``mode="train"``."""
+class TrainingOptions(EveryMode, total=False):
+    """Options of ``mode="train"``; loss and optimizer go together, or there is neither."""
 
+    loss_fn: Callable[[Any, Any], Any] | None
+    optimizer: OptimizerFactory | None
     schedule: ScheduleName
     micro_batches: int
     reduction: Reduction
     example_targets: Any
     clip_norm: float | None
     memory_limit: int | None
+    recompute: RecomputeName
+    deferred_batch_norm: bool
+    check_finite: bool
     seed: int
     keep_gradients: bool
 

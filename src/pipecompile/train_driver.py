@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipecompile.drop_in import FILL_AND_DRAIN
 from pipecompile.eager import eager_models
-from pipecompile.errors import InputError, PipecompileWarning
+from pipecompile.errors import InputError, PipecompileWarning, PlanError
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import TensorSpec
 from pipecompile.ir.measure import Measure
@@ -30,12 +31,14 @@ from pipecompile.passes.lower_step import LowerStep, owners, weight_users
 from pipecompile.passes.measure_step import MeasureStep
 from pipecompile.passes.plan_step import PlanStep, step_schedule, training_profile
 from pipecompile.passes.profile import ProfileLayers
+from pipecompile.passes.recompute import Recompute
 from pipecompile.passes.trace import Traced
 from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_step import VerifyStep
 from pipecompile.runtime.batches import Reduction, batched_inputs, split_inputs, split_targets
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.update import OptimizerFactory, copies_kept
+from pipecompile.schedules.recompute import RecomputeName
 from pipecompile.schedules.training import STEP_SCHEDULES, ScheduleName
 from pipecompile.training import ExecutorName, TrainingPipeline
 
@@ -49,8 +52,8 @@ def compile_training(
     kwargs: dict[str, Any],
     cluster: Cluster,
     *,
-    loss_fn: Callable[[Any, Any], Any],
-    optimizer: OptimizerFactory,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    optimizer: OptimizerFactory | None = None,
     schedule: ScheduleName = "auto",
     micro_batches: int = 4,
     reduction: Reduction = "auto",
@@ -59,8 +62,11 @@ def compile_training(
     seed: int = 0,
     clip_norm: float | None = None,
     memory_limit: int | None = None,
+    recompute: RecomputeName = "none",
+    deferred_batch_norm: bool = False,
     example_targets: Any = None,
     keep_gradients: bool = False,
+    check_finite: bool = False,
     executor: ExecutorName = "process",
     hang_seconds: float | None = None,
     throttle: Mapping[str, Link] | None = None,
@@ -71,6 +77,8 @@ def compile_training(
 ) -> TrainingPipeline:
     """See :func:`pipecompile.compile`; ``args`` and ``kwargs`` are one whole batch."""
     tell = progress or silent
+    drop_in = loss_fn is None
+    names = _schedules(schedule, drop_in, optimizer, clip_norm, check_finite or keep_gradients)
     leaves, tree = flatten((args, kwargs))
     batch, batched = batched_inputs(leaves)
     if not 1 <= micro_batches <= batch:
@@ -84,21 +92,30 @@ def compile_training(
     tell("profile", 0.3)
     measure = CpuMeasure()
     measured = ProfileLayers(profile_seconds).apply(traced.graph, traced.module, traced.tensors, first, measure)
-    profile = training_profile(traced.graph, measured, gradients)
+    profile = training_profile(traced.graph, measured, gradients, again=recompute == "stage")
     tell("partition", 0.6)
     loss = ExampleLoss(loss_fn, traced.graph.out_tree, _part(example_targets, batch, micro_batches))
     planner = StepPlanner(
-        traced, gradients, first, loss, measure, replace(cluster, link=measured.link), micro_batches,
-        1 if ahead is None else ahead, time_limit, profile_seconds, copies_kept(optimizer),
-    )  # fmt: skip
-    names = list(STEP_SCHEDULES) if schedule == "auto" else [schedule]
+        traced,
+        gradients,
+        first,
+        loss,
+        measure,
+        replace(cluster, link=measured.link),
+        micro_batches,
+        LowerStep(1 if ahead is None else ahead, drop_in),
+        Recompute(recompute, memory_limit),
+        MeasureStep(profile_seconds / 8, deferred_batch_norm),
+        time_limit,
+        2.0 if optimizer is None else copies_kept(optimizer),
+    )
     names = [name for name in names if schedule != "auto" or STEP_SCHEDULES[name].chunks <= len(traced.graph.layers)]
     chosen = ChooseStep(memory_limit).apply([planner.candidate(name, profile) for name in names])
     plan, program, graph = chosen.plan, chosen.program, traced.graph
     if len(plan.cluster.devices) < len(cluster.devices):
         warnings.warn("; ".join(plan.notes), PipecompileWarning, stacklevel=3)
     tell("codegen", 0.9)
-    modules = CodegenStep().apply(graph, traced.module, plan, program, gradients)
+    modules = CodegenStep(deferred=deferred_batch_norm).apply(graph, traced.module, plan, program, gradients)
     owned = {stage: tuple(names) for stage, names in owners(weight_users(graph, plan, gradients.weights)).items()}
     package = replace(package_of(traced, first, modules, plan, program), imports=tuple(imports))
     step = StepPackage(package, owned, batched)
@@ -113,6 +130,7 @@ def compile_training(
         seed=seed,
         clip_norm=clip_norm,
         keep_gradients=keep_gradients,
+        check_finite=check_finite,
         executor=executor,
         hang_seconds=hang_seconds,
         throttle=throttle,
@@ -134,16 +152,17 @@ class StepPlanner:
     measure: Measure
     cluster: Cluster
     micro_batches: int
-    ahead: int
+    lower: LowerStep
+    recompute: Recompute
+    measure_step: MeasureStep
     time_limit: float
-    seconds: float
     copies: float = 2.0
     _costs: dict[Any, tuple[StageCost, ...]] = field(default_factory=dict[Any, tuple[StageCost, ...]])
 
     def candidate(self, name: str, profile: Profile) -> Candidate:
         """Cut, measure the stages, and cut again once if the slowest was predicted badly."""
         first = self._attempt(name, profile)
-        totals = [stage_seconds(cost) for cost in first.costs]
+        totals = first.stage_seconds
         predicted = [max(stage.seconds, 1e-9) for stage in first.plan.stages]
         scale = sum(totals) / sum(predicted)
         off = [total / (guess * scale) for total, guess in zip(totals, predicted, strict=True)]
@@ -158,28 +177,27 @@ class StepPlanner:
         planner = PlanStep(name, self.time_limit, self.micro_batches, self.copies)
         plan = planner.apply(graph, profile, self.cluster)
         order = planner.program(plan, self.micro_batches)
-        program = VerifyStep().apply(LowerStep(self.ahead).apply(graph, plan, order, self.gradients))
+        program = VerifyStep().apply(self.lower.apply(graph, plan, order, self.gradients))
         key = (tuple(stage.layers for stage in plan.stages), step_schedule(name).splits)
         if key not in self._costs:
-            self._costs[key] = MeasureStep(self.seconds / 8).apply(
+            self._costs[key] = self.measure_step.apply(
                 graph, self.traced.module, self.traced.tensors, self.leaves, plan, program, self.gradients, self.loss,
                 self.measure,
             )  # fmt: skip
         costs = self._costs[key]
-        stages = tuple(replace(s, measured=stage_seconds(cost)) for s, cost in zip(plan.stages, costs, strict=True))
-        return Candidate(name, replace(plan, stages=stages), program, costs)
-
-
-def stage_seconds(cost: StageCost) -> float:
-    """What a stage computes for one micro-batch, forward and backward."""
-    return cost.forward + (cost.backward_input + cost.backward_weight or cost.backward)
+        again = self.recompute.apply(order, costs, None if self.lower.to_caller else len(plan.stages) - 1)
+        if again is not order:
+            program = VerifyStep().apply(self.lower.apply(graph, plan, again, self.gradients))
+        found = Candidate(name, plan, program, costs)
+        stages = tuple(replace(s, measured=t) for s, t in zip(plan.stages, found.stage_seconds, strict=True))
+        return replace(found, plan=replace(plan, stages=stages))
 
 
 @dataclass(frozen=True)
 class ExampleLoss:
     """The loss on flat results, to measure the last stage with: without targets, a sum that has gradients."""
 
-    loss_fn: Callable[[Any, Any], Any]
+    loss_fn: Callable[[Any, Any], Any] | None
     tree: Tree
     targets: Any
 
@@ -189,7 +207,7 @@ class ExampleLoss:
         Raises:
             InputError: if it is no scalar tensor.
         """
-        if self.targets is not None:
+        if self.targets is not None and self.loss_fn is not None:
             loss = self.loss_fn(unflatten(self.tree, list(outputs)), self.targets)
             if isinstance(loss, torch.Tensor) and loss.dim() == 0:
                 return loss
@@ -202,10 +220,31 @@ def _part(targets: Any, batch: int, parts: int) -> Any:
     return None if targets is None else split_targets(targets, batch, parts)[0]
 
 
-def update_seconds(factory: OptimizerFactory, traced: Traced, names: Sequence[str]) -> float:
+def _schedules(
+    schedule: str, drop_in: bool, optimizer: OptimizerFactory | None, clip_norm: float | None, more: bool
+) -> list[str]:
+    """The schedules to try; refuses what does not go together."""
+    if drop_in != (optimizer is None):
+        raise InputError(
+            "loss_fn= and optimizer= go together: with both, train_step() trains; with neither, pipe(x) takes part in "
+            "autograd and the caller computes the loss and updates"
+        )
+    if not drop_in:
+        return list(STEP_SCHEDULES) if schedule == "auto" else [schedule]
+    if clip_norm is not None or more:
+        raise InputError("clip_norm=, check_finite= and keep_gradients= are for train_step(): give loss_fn= as well")
+    if schedule != "auto" and schedule not in FILL_AND_DRAIN:
+        raise PlanError(
+            f"schedule={schedule!r} needs the loss of a micro-batch before the next one's forward: without loss_fn= "
+            f"only {' and '.join(map(repr, FILL_AND_DRAIN))} can be used"
+        )
+    return list(FILL_AND_DRAIN) if schedule == "auto" else [schedule]
+
+
+def update_seconds(factory: OptimizerFactory | None, traced: Traced, names: Sequence[str]) -> float:
     """Median seconds of an update of copies of these weights."""
     weights = [torch.nn.Parameter(traced.tensors[name].detach().clone()) for name in names]
-    if not weights:
+    if not weights or factory is None:
         return 0.0
     optimizer, times = factory(weights), list[float]()
     for weight in weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -12,7 +13,9 @@ import torch
 from torch import nn
 
 from pipecompile.arguments import Arguments
-from pipecompile.errors import InputError, PipelineClosed
+from pipecompile.checkpoint import Checkpoint
+from pipecompile.drop_in import DropIn
+from pipecompile.errors import InputError, NonFiniteError, PipelineClosed, StepError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
@@ -20,8 +23,11 @@ from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.training import StageCost, StepPackage, StepRequest
 from pipecompile.model_weights import ModelWeights
 from pipecompile.runtime.batches import Reduction, loss_weights, split_inputs, split_targets
+from pipecompile.runtime.criterion import Criterion
 from pipecompile.runtime.inline_step import InlineTrainer, Trainer
+from pipecompile.runtime.not_finite import origin
 from pipecompile.runtime.process_step import ProcessTrainer
+from pipecompile.runtime.training import Training
 from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.simulate.step import simulate_step
 
@@ -43,31 +49,33 @@ class TrainingPipeline(nn.Module):
         step: StepPackage,
         tensors: Mapping[str, torch.Tensor],
         model: nn.Module,
-        loss_fn: Callable[[Any, Any], Any],
-        optimizer: OptimizerFactory,
+        loss_fn: Callable[[Any, Any], Any] | None,
+        optimizer: OptimizerFactory | None,
         *,
         reduction: Reduction = "auto",
         executor: ExecutorName = "process",
         seed: int = 0,
         clip_norm: float | None = None,
         keep_gradients: bool = False,
+        check_finite: bool = False,
         hang_seconds: float | None = None,
         throttle: Mapping[str, Link] | None = None,
         costs: tuple[StageCost, ...],
     ) -> None:
         super().__init__()
         object.__setattr__(self, "_model", model)  # not a submodule: names stay the model's own
-        self._step, self._loss_fn, self._optimizer = step, loss_fn, optimizer
+        self._step, self._loss_fn = step, loss_fn
+        self._training = Training(loss_fn, optimizer, seed, keep_gradients, check_finite)
         batch_dims = [(i, 0) for i, cut in enumerate(step.batched) if cut and step.package.symbols]
         self._arguments = Arguments(step.package, batch_dims)
         self._reduction: Reduction = reduction
-        self._options: dict[str, Any] = {"seed": seed, "keep_gradients": keep_gradients}
         self._watching: dict[str, Any] = {"hang_seconds": hang_seconds, "throttle": throttle}
         self._clip, self._costs = clip_norm, costs
         self._executor = executor
         self._weights = ModelWeights(step.package.state, step.owned, tensors, model)
+        self._drop_in = DropIn(step, tensors)
         self._trainer: Trainer | None = None
-        self._steps = 0
+        self._steps, self._accumulated = 0, False
         self._closed = ""
         self._lock = threading.RLock()
 
@@ -110,10 +118,20 @@ class TrainingPipeline(nn.Module):
 
         Raises:
             InputError: if inputs or targets do not match what was compiled.
-            StepError: if a stage or the loss raises; the pipeline is closed then.
+            StepError: if a stage or the loss raises. Weights, buffers and gradients are as before the
+                step, and the pipeline stays usable; unless a stage had updated already, which the
+                message says: then it is closed.
+            NonFiniteError: as a StepError, for a loss or gradients that are not finite
+                (``check_finite=True``).
+            WorkerDied: if the process of a device ends; the pipeline is closed then.
         """
+        if self._loss_fn is None:
+            raise InputError(
+                "compiled without loss_fn= and optimizer=, so pipe(x) takes part in autograd: compute the loss, call "
+                "backward() and step your optimizer; or compile with both to use train_step()"
+            )
         with self._lock:
-            leaves = self._split(inputs)
+            leaves = self._split(self._arguments.flat(inputs))
             sizes = [self._samples(row) for row in leaves]
             parts = split_targets(targets, sum(sizes), len(leaves))
             weights = loss_weights(self._loss_fn, parts, sizes, self._reduction)
@@ -121,16 +139,37 @@ class TrainingPipeline(nn.Module):
             request = StepRequest(self._steps, leaves, parts, weights, update, self._clip)
             try:
                 losses = trainer.step(request)
-            except Exception as error:
-                self._closed = f"it failed: {str(error).splitlines()[0]}"
-                trainer.close()
+            except NonFiniteError as error:
+                raise NonFiniteError(
+                    f"{error} in step {self._steps}: {self._origin(error, request)}. Nothing was updated",
+                    micro_batch=error.micro_batch,
+                    weights=tuple(self._weights.fqn(name) for name in error.weights),
+                ) from None
+            except StepError as error:
+                if trainer.closed:
+                    raise StepError(
+                        f"a stage had updated its weights already, the pipeline is closed: {error}"
+                    ) from None
                 raise
             self._steps += 1
+            self._accumulated = not update
             return torch.stack(losses).sum()
+
+    def _origin(self, error: NonFiniteError, request: StepRequest) -> str:
+        """Where what is not finite comes from, in words."""
+        package = self._step.package
+        if error.micro_batch < 0:
+            names = [self._weights.fqn(name) for name in error.weights]
+            stages = sorted({s for s, own in self._step.owned.items() for name in own if name in error.weights})
+            return f"of {', '.join(names)} in stage {', '.join(map(str, stages))}" if names else "it overflowed"
+        assert self._loss_fn is not None
+        criterion = Criterion(self._loss_fn, package.out_tree)
+        criterion.targets, criterion.weights = request.targets, request.weights
+        return origin(self._step, self._weights.current(), criterion, request, error.micro_batch, self._training.seed)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Gradients of the last update under the model's names (compiled with ``keep_gradients=True``)."""
-        if not self._options["keep_gradients"]:
+        if not self._training.keep_gradients:
             raise InputError("gradients are not kept: compile with keep_gradients=True")
         found = self._ready().gradients()
         return {self._weights.fqn(name): gradient for name, gradient in found.items()}
@@ -160,6 +199,59 @@ class TrainingPipeline(nn.Module):
         self.load_optimizer_state_dict(state_dict["optimizer"])
         self._steps = int(state_dict["steps"])
 
+    def save_checkpoint(
+        self, path: str | os.PathLike[str], *, optimizer: torch.optim.Optimizer | None = None, extra: Any = None
+    ) -> None:
+        """Save weights, buffers, the optimizers' state and the number of steps to one file, whole or not at all.
+
+        A crash while saving leaves the old file as it was. :meth:`load_checkpoint` goes on bit for bit.
+
+        Args:
+            path: a safetensors file; replaced if it exists.
+            optimizer: the caller's own, where the pipeline has none (compiled without a loss).
+            extra: JSON data to keep with it, such as an epoch or a scheduler's ``state_dict()``.
+
+        Raises:
+            InputError: while gradients of ``update=False`` steps wait for their update, which a
+                checkpoint does not hold; or if something is not JSON.
+        """
+        with self._lock:
+            if self._accumulated:
+                raise InputError(
+                    "gradients of train_step(update=False) wait for their update, and a checkpoint does not hold "
+                    "them: save after a step that updates"
+                )
+            own = self._training.optimizer is not None
+            if own == (optimizer is not None):
+                raise InputError(
+                    "optimizer= is for a pipeline compiled without a loss: this one has its own"
+                    if own
+                    else "this pipeline has no optimizer: give yours as optimizer="
+                )
+            state = self.optimizer_state_dict() if optimizer is None else optimizer.state_dict()
+            Checkpoint(self._model.state_dict(), state, self._steps, extra).save(path)
+
+    def load_checkpoint(self, path: str | os.PathLike[str], *, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Go on from :meth:`save_checkpoint`, on any number of devices and under any schedule.
+
+        Returns:
+            What was given as ``extra``.
+
+        Raises:
+            ArtefactError: if the file is not a whole checkpoint.
+            InputError: if it is of another model; nothing is changed then.
+        """
+        with self._lock:
+            found = Checkpoint.load(path)
+            found.fits(self._model.state_dict(), path)
+            self._model.load_state_dict(found.model)
+            if found.optimizer is not None and optimizer is not None:
+                optimizer.load_state_dict(dict(found.optimizer))
+            elif found.optimizer is not None:
+                self.load_optimizer_state_dict(found.optimizer)
+            self._steps = found.steps
+            return found.extra
+
     def set_optimizer(self, **settings: Any) -> None:
         """Change settings of the optimizers from the next step on: ``pipe.set_optimizer(lr=0.01)``."""
         self._ready().set(settings)
@@ -181,8 +273,26 @@ class TrainingPipeline(nn.Module):
         self.close()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model itself, in this process, in the mode it is in: for evaluation between steps."""
-        return self._model(*args, **kwargs)
+        """The model's result for a batch.
+
+        Compiled with a loss this is the model itself, in this process and in the mode it is in: for
+        evaluation between steps. Compiled without one, and in train mode with gradients enabled, the
+        batch goes through the pipeline, and the result is part of the autograd graph: its backward
+        adds to ``.grad`` of the parameters, for an optimizer of the caller's.
+
+        Raises:
+            InputError: if inputs do not match what was compiled, or want gradients themselves.
+            StepError: if a stage raises.
+        """
+        if self._loss_fn is not None or not self.training or not torch.is_grad_enabled():
+            return self._model(*args, **kwargs)
+        with self._lock:
+            whole = self._arguments.flat_call(args, kwargs)
+            rows = self._split(whole)
+            request = StepRequest(self._steps, rows, [None] * len(rows), [1.0] * len(rows))
+            result = self._drop_in.call(self._ready, request, whole, [self._samples(row) for row in rows])
+            self._steps += 1
+            return result
 
     def train(self, mode: bool = True) -> TrainingPipeline:
         """The model's own mode; ``train_step`` always trains."""
@@ -214,10 +324,9 @@ class TrainingPipeline(nn.Module):
             f"{name}, {len(self.plan.stages)} stages on {devices}, {self.program.schedule}, {self.micro_batches} parts"
         )
 
-    def _split(self, inputs: Any) -> list[list[Any]]:
+    def _split(self, leaves: list[Any]) -> list[list[Any]]:
         """Flat inputs per micro-batch, each checked as a call of what was compiled."""
         package, parts = self._step.package, self.micro_batches
-        leaves = self._arguments.flat(inputs)
         wanted = [spec.shape[0] if cut else None for spec, cut in zip(package.inputs, self._step.batched, strict=True)]
         sizes = {leaf.shape[0] for leaf, size in zip(leaves, wanted, strict=True) if size is not None and leaf.dim()}
         if len(sizes) != 1:
@@ -242,16 +351,15 @@ class TrainingPipeline(nn.Module):
         return next(leaf.shape[0] for leaf, cut in zip(row, self._step.batched, strict=True) if cut)
 
     def _ready(self) -> Trainer:
-        if self._closed:
-            raise PipelineClosed(f"this pipeline cannot be used any more: {self._closed}")
+        closed = self._closed or ("" if self._trainer is None else self._trainer.closed)
+        if closed:
+            raise PipelineClosed(f"this pipeline cannot be used any more: {closed}")
         if self._trainer is None:
             tensors = self._weights.current()
             if self._executor == "inline":
-                self._trainer = InlineTrainer(self._step, tensors, self._loss_fn, self._optimizer, **self._options)
+                self._trainer = InlineTrainer(self._step, tensors, self._training)
             else:
-                self._trainer = ProcessTrainer(
-                    self._step, tensors, self._loss_fn, self._optimizer, **self._options, **self._watching
-                )
+                self._trainer = ProcessTrainer(self._step, tensors, self._training, **self._watching)
             self._weights.remember()
         elif self._weights.moved():
             raise InputError(

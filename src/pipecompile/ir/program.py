@@ -5,9 +5,10 @@ posts the receive of message 4 on edge ``0>1``; ``0SEND3@0>1`` stage 0 sends mes
 
 A training step is a closed program whose samples are micro-batches: ``0B3`` stage 0 computes the
 gradients of its inputs for micro-batch 3, ``0W3`` those of its weights, ``0BW3`` both at once;
-``0REDUCE0@2>0:tied`` adds what stage 2 gives to the gradient of a weight both use; ``0STEP0``
-updates the weights of stage 0. Learning on a stream has the same instructions in an open program:
-``0STEP3`` is the update whose first sample is 3.
+``0R3`` its forward once more, so that it need not keep activations; ``0REDUCE0@2>0:tied`` adds what
+stage 2 gives to the gradient of a weight both use; ``0STEP0`` updates the weights of stage 0.
+Learning on a stream has the same instructions in an open program: ``0STEP3`` is the update whose
+first sample is 3.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ class Op(StrEnum):
     BACKWARD_INPUT = "B"
     BACKWARD_WEIGHT = "W"
     BACKWARD = "BW"
+    RECOMPUTE = "R"
     REDUCE = "REDUCE"
     STEP = "STEP"
 
 
 #: What a device computes with one micro-batch, in contrast to messages and updates.
-COMPUTE = frozenset({Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT, Op.BACKWARD})
+COMPUTE = frozenset({Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT, Op.BACKWARD, Op.RECOMPUTE})
 
 _OPS = "|".join(sorted(Op, key=len, reverse=True))
 
@@ -88,11 +90,12 @@ class Edge:
 
     ``values`` travel together; ``ahead`` is how many turns before the one that reads it a message
     is posted. In training, an edge to an earlier stage carries gradients: ``values`` names what
-    they are the gradients of. An edge of kind ``tied`` carries one message a step, the gradients
-    summed over all micro-batches of the weights named. Between stages of one device nothing
-    travels, and the edge has no slots. In learning, an edge of kind ``target`` brings the targets to
-    the last stage, and one of kind ``result`` what the caller gets; values that begin with a colon
-    are no values of the model.
+    they are the gradients of; one of kind ``gradient`` brings them from the caller, for results that
+    went there. An edge of kind ``tied`` carries one message a step, the gradients summed over all
+    micro-batches of the weights named. Between stages of one device nothing travels, and the edge
+    has no slots. In learning, an edge of kind ``target`` brings the targets to the last stage, and
+    one of kind ``result`` what the caller gets; values that begin with a colon are no values of the
+    model.
 
     Replicas of a stage are dealt samples in turn: sample ``n`` goes from replica ``n % a`` of ``a``
     at the source to replica ``n % b`` of ``b`` at the target. Each pair between which a sample ever
@@ -106,7 +109,7 @@ class Edge:
     specs: tuple[TensorSpec, ...]
     ahead: int
     slots: int
-    kind: Literal["", "tied", "target", "result"] = ""
+    kind: Literal["", "tied", "gradient", "target", "result"] = ""
     source_replica: int = 0
     source_replicas: int = 1
     target_replica: int = 0
@@ -155,7 +158,17 @@ class Edge:
     @property
     def backward(self) -> bool:
         """Whether it carries the gradients of each micro-batch."""
-        return not self.kind and HOST < self.target < self.source
+        return self.kind == "gradient" or (not self.kind and HOST < self.target < self.source)
+
+    @property
+    def forward(self) -> bool:
+        """Whether it carries the values of each micro-batch."""
+        return not self.kind and not self.backward
+
+    @property
+    def tied(self) -> bool:
+        """Whether it carries one message a step, gradients of tied weights."""
+        return self.kind == "tied"
 
     @property
     def nbytes(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Activity = Literal["wait", "F", "B", "W", "BW", "REDUCE", "STEP", "SEND", "TRANSFER"]
+Activity = Literal["wait", "F", "B", "W", "BW", "R", "REDUCE", "STEP", "SEND", "TRANSFER"]
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ class StageCost:
 
     ``backward`` is a whole backward at once; ``backward_input`` and ``backward_weight`` the two
     halves of a split one, which together may take longer. ``update`` is once a step. ``kept`` is
-    the memory in bytes from F to W of one micro-batch.
+    the memory in bytes from F to W of one micro-batch; ``stash`` is the part of it that came in,
+    which a stage keeps that recomputes the rest.
     """
 
     forward: float
@@ -69,11 +70,13 @@ class StageCost:
     backward: float
     update: float = 0.0
     kept: int = 0
+    stash: int = 0
 
     def of(self, op: Op) -> float:
         """The seconds of one instruction; messages cost what their link says."""
         seconds = {
             Op.FORWARD: self.forward,
+            Op.RECOMPUTE: self.forward,
             Op.BACKWARD_INPUT: self.backward_input,
             Op.BACKWARD_WEIGHT: self.backward_weight,
             Op.BACKWARD: self.backward,
@@ -97,18 +100,25 @@ def chain_edges(program: Program) -> tuple[Edge, ...]:
     return (*forward, *(Edge(edge.target, edge.source, (), (), 0, 0) for edge in forward))
 
 
-def kept_at_once(program: Program, sizes: Sequence[float] | None = None) -> tuple[float, ...]:
+def kept_at_once(
+    program: Program, sizes: Sequence[float] | None = None, stashes: Sequence[float] | None = None
+) -> tuple[float, ...]:
     """Per device the most that is kept at any time: activations of micro-batches between F and W.
 
-    ``sizes`` gives the weight of one micro-batch in each stage, 1 by default.
+    ``sizes`` gives the weight of one micro-batch in each stage, 1 by default; ``stashes`` the part
+    of it that is kept where it is recomputed, 0 by default.
     """
+    again = {step.stage for device in program.devices for step in device.warm_up if step.op is Op.RECOMPUTE}
     peaks: list[float] = []
     for device in program.devices:
         held = peak = 0.0
         for step in device.warm_up:
             size = 1.0 if sizes is None else sizes[step.stage]
+            stash = 0.0 if stashes is None else stashes[step.stage]
             if step.op is Op.FORWARD:
-                held += size
+                held += stash if step.stage in again else size
+            elif step.op is Op.RECOMPUTE:
+                held += size - stash
             elif step.op in (Op.BACKWARD_WEIGHT, Op.BACKWARD):
                 held -= size
             peak = max(peak, held)

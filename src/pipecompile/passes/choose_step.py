@@ -9,6 +9,7 @@ from pipecompile.errors import PlanError
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.training import StageCost, kept_at_once
+from pipecompile.schedules.recompute import recomputed
 from pipecompile.simulate.step import simulate_step
 
 
@@ -27,9 +28,19 @@ class Candidate:
         return simulate_step(self.program, self.costs, self.plan.cluster.link, cluster=self.plan.cluster).finishes[0]
 
     @property
+    def stage_seconds(self) -> list[float]:
+        """What each stage computes for one micro-batch: forward, perhaps again, and backward."""
+        again = recomputed(self.program)
+        return [
+            cost.forward * (1 + (stage in again)) + (cost.backward_input + cost.backward_weight or cost.backward)
+            for stage, cost in enumerate(self.costs)
+        ]
+
+    @property
     def memory(self) -> int:
         """The most activations in bytes that one device keeps at a time."""
-        return int(max(kept_at_once(self.program, [cost.kept for cost in self.costs]), default=0.0))
+        sizes, stashes = [cost.kept for cost in self.costs], [cost.stash for cost in self.costs]
+        return int(max(kept_at_once(self.program, sizes, stashes), default=0.0))
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ class ChooseStep:
             needs = ", ".join(f"{c.name} {c.memory:,}" for c in sorted(candidates, key=lambda c: c.memory))
             raise PlanError(
                 f"no schedule keeps its activations within memory_limit={self.memory_limit:,} bytes a device; they "
-                f"need: {needs}. Use more micro-batches or devices, or a higher limit"
+                f"need: {needs}. Use more micro-batches or devices, recompute='auto', or a higher limit"
             )
         return min(fitting, key=lambda c: (c.seconds, c.memory))
 

@@ -77,9 +77,9 @@ class _LearnStage(StageWriter):
         """What the caller gets, by value name."""
         return next(model_values(e) for e in self.program.edges if e.kind == "result")
 
-    def _forward(self) -> str:
+    def _forward(self, function: str = "forward") -> str:
         if not self.last:
-            return super()._forward()
+            return super()._forward(function)
         reads, makes = [self.name(v) for v in self.reads], [self.name(v) for v in self.makes]
         results = [self.name(ref.name) for ref in self.emit.model.outputs]
         leaves = tuple_of("", [self.name(v) for v in self.leaves])

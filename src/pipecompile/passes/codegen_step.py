@@ -24,9 +24,13 @@ from pipecompile.passes.stage_code import IMPORTS, StageWriter, StepEmitter
 
 @dataclass(frozen=True)
 class CodegenStep:
-    """Write the device modules of a training step. ``width`` is the line length aimed at."""
+    """Write the device modules of a training step. ``width`` is the line length aimed at.
+
+    ``deferred`` updates running statistics of BatchNorms once a step, with those of the whole batch.
+    """
 
     width: int = 110
+    deferred: bool = False
 
     def apply(
         self, graph: ModelGraph, module: fx.GraphModule, plan: Plan, program: Program, gradients: Gradients
@@ -43,7 +47,7 @@ class CodegenStep:
         gradients: Gradients,
         device: DeviceProgram,
     ) -> DeviceModule:
-        emit = StepEmitter(graph, module)
+        emit = StepEmitter(graph, module, deferred=self.deferred)
         writers = [StageWriter(emit, plan, program, gradients, device, s, self.width) for s in device.stages]
         parts = [writer.source() for writer in writers]
         step = _StepWriter(program, device, {w.stage: w for w in writers}).source()
@@ -78,15 +82,20 @@ class _StepWriter:
         lines += [f'{_port(e, receives=True)} = link.receiver("{e.name}")' for e in into]
         lines += [f'{_port(e, receives=False)} = link.sender("{e.name}")' for e in out]
         steps = [step for step in device.warm_up if step.op is Op.STEP]
+        commits = [f"link.commit({d})" for s in stages if (d := self.writers[s].deferred)]
+        if commits:
+            commits.insert(0, "# running statistics of the whole batch")
         for step in device.warm_up:
             if steps and step == steps[0]:
+                lines += commits
                 lines += ["# norm of all gradients, where they are clipped", "yield link.norm()"]
             lines += self._step(step)
+        lines += [] if steps else commits
         return "def step(link, number):\n" + indent(lines)
 
     def _step(self, step: Instruction) -> list[str]:
         edge = next((e for e in self.program.edges if e.name == step.edge), None)
-        message = "number" if edge is not None and edge.kind else f"base + {step.sample}"
+        message = "number" if edge is not None and edge.tied else f"base + {step.sample}"
         match step.op:
             case Op.RECV if edge is not None:
                 return [f"{_port(edge, receives=True)}.post({message})"]
@@ -102,6 +111,9 @@ class _StepWriter:
                 return [f"link.update({step.stage})  # {step}"]
             case Op.FORWARD:
                 return self._forward(step)
+            case Op.RECOMPUTE:
+                key = f"{step.stage}, {step.sample}"
+                return [f"kept[{key}] = again_{step.stage}(kept[{key}], state[{step.stage}])  # {step}"]
             case _:
                 return self._backward(step)
 
@@ -109,7 +121,7 @@ class _StepWriter:
         return next(iter(self.writers.values())).name(value)
 
     def _sent(self, edge: Edge, value: str) -> str:
-        if edge.kind:
+        if edge.tied:
             return f'sums.take("{value}")'
         return f"d_{self._name(value)}" if edge.backward else self._name(value)
 
@@ -117,7 +129,7 @@ class _StepWriter:
         writer, i = self.writers[step.stage], step.sample
         lines = [f"# {step}"]
         for edge in self.program.edges:
-            if edge.target == step.stage and not edge.kind and not edge.backward:
+            if edge.target == step.stage and edge.forward:
                 names = tuple_of("", [writer.name(v) for v in edge.values])
                 lines.append(f"{names} = {self._taken(edge, i)}")
         arguments = [f"link.draw({i})", *([f"link.loss({i})"] if writer.last else []), f"state[{step.stage}]"]
@@ -126,7 +138,7 @@ class _StepWriter:
         trains = any(s.stage == step.stage and s.op in _BACKWARD for s in self.device.warm_up)
         lines.append(f"{made}, {f'kept[{step.stage}, {i}]' if trains else '_'} = {call}")
         for edge in self.program.edges:
-            if edge.source == step.stage and not edge.slots and not edge.kind and not edge.backward:
+            if edge.source == step.stage and not edge.slots and edge.forward:
                 values = tuple_of("", [f"held({writer.name(v)})" for v in edge.values])
                 lines.append(f"passed[{edge.source}, {edge.target}, {i}] = {values}")
         return lines

@@ -23,7 +23,7 @@ HEADER = "import math\nimport operator\nfrom itertools import count\n\nimport to
 
 _RESERVED = re.compile(
     r"aten|count|link|math|operator|torch|sample|start|clock|message|model|run|state"
-    r"|stage_\d+|(from|to)_(host|stage_\d+)|" + "|".join((*dir(builtins), *keyword.kwlist))
+    r"|(stage|forward|record|again|backward|backward_input|backward_weight)_\d+|(from|to)_(host|stage_\d+)|" + "|".join((*dir(builtins), *keyword.kwlist))
 )
 
 #: What generated training steps use besides.

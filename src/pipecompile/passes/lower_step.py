@@ -11,7 +11,7 @@ from pipecompile.ir.graph import ModelGraph, TensorSpec
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import COMPUTE, HOST, DeviceProgram, Edge, Instruction, Op, Program
 from pipecompile.ir.training import Gradients
-from pipecompile.passes.layers import free_closure
+from pipecompile.passes.layers import free_results
 from pipecompile.passes.lower import crossings
 from pipecompile.simulate.step import step_ticks
 
@@ -27,25 +27,31 @@ class LowerStep:
     A ring slot is the stash: what a stage receives lies there until its weight gradients are
     done, and the slot is posted again at that moment. A ring has ``ahead`` more slots than there
     are messages at once, so that the next ones arrive while the receiver computes.
+
+    The model's outputs go to the last stage, which computes the loss; or, with ``to_caller``,
+    from where they are made to the caller, who sends their gradients back once all have come.
     """
 
     ahead: int = 1
+    to_caller: bool = False
 
     def apply(self, graph: ModelGraph, plan: Plan, program: Program, gradients: Gradients) -> Program:
         """The program with activations, gradients and tied weights as edges; each device ends in STEPs.
 
-        The model's outputs go to the last stage, which computes the loss. Values that
-        have gradients send them back along every edge that carries them. A stage that needs no
+        Values that have gradients send them back along every edge that carries them. A stage that needs no
         backward has its B and W removed.
 
         Raises:
             ProgramError: as :func:`pipecompile.passes.lower.crossings`.
         """
-        forward = activations(graph, plan)
+        forward = _edges(graph, crossings(graph, plan)) if self.to_caller else activations(graph, plan)
         users = weight_users(graph, plan, gradients.weights)
         learns = learning_stages(users, forward, gradients.values)
         backward = [
-            Edge(e.target, e.source, values, tuple(gradient_spec(graph.values[v]) for v in values), 0, 0)
+            Edge(
+                e.target, e.source, values, tuple(gradient_spec(graph.values[v]) for v in values), 0, 0,
+                "gradient" if e.target == HOST else "",
+            )
             for e in forward
             if e.source != HOST and (values := tuple(v for v in e.values if v in gradients.values))
         ]
@@ -63,6 +69,11 @@ class LowerStep:
         That schedule can then be carried out, so the program cannot deadlock at any other speed:
         what a device waits for does not depend on time.
         """
+        if edge.target == HOST:  # the caller has room for everything, and sends gradients when there is
+            return replace(edge, ahead=program.micro_batches - 1, slots=program.micro_batches)
+        if edge.kind == "gradient":
+            ahead = min(self.ahead, program.micro_batches - 1)
+            return replace(edge, ahead=ahead, slots=ahead + 1)
         if device_of.get(edge.source) == device_of[edge.target]:
             return edge
         changes: list[tuple[float, int]] = []
@@ -94,10 +105,10 @@ class LowerStep:
             steps.append(step)
             steps += [Instruction(Op.SEND, e.source, step.sample, e.name) for e in _sends(out, step)]
             if step.op in _LAST or step.stage not in learns:
-                again = ((e, step.sample + e.slots) for e in into if e.target == step.stage and not e.kind)
+                again = ((e, step.sample + e.slots) for e in into if e.target == step.stage and not e.tied)
                 steps += [Instruction(Op.RECV, e.target, i, e.name) for e, i in again if i < count]
-        steps += [Instruction(Op.SEND, e.source, 0, e.name) for e in out if e.kind]
-        steps += [Instruction(Op.REDUCE, e.target, 0, e.name) for e in into if e.kind]
+        steps += [Instruction(Op.SEND, e.source, 0, e.name) for e in out if e.tied]
+        steps += [Instruction(Op.REDUCE, e.target, 0, e.name) for e in into if e.tied]
         steps += [Instruction(Op.STEP, stage, 0) for stage in device.stages if owned.get(stage)]
         return DeviceProgram(device.device, device.stages, tuple(steps), ())
 
@@ -113,6 +124,10 @@ def activations(graph: ModelGraph, plan: Plan) -> list[Edge]:
     for ref in graph.outputs:
         if ref.kind == "input":
             found[HOST, last][ref.name] = None
+    return _edges(graph, found)
+
+
+def _edges(graph: ModelGraph, found: Mapping[tuple[int, int], Iterable[str]]) -> list[Edge]:
     edges = [
         Edge(source, target, tuple(values), tuple(graph.values[v] for v in values), 0, 0)
         for (source, target), values in found.items()
@@ -130,15 +145,14 @@ def weight_users(graph: ModelGraph, plan: Plan, trained: Collection[str]) -> dic
                 if name in trained:
                     users[name].add(stage.index)
     last = plan.stages[-1].index
-    nodes = {node.name: node for node in graph.graph.nodes}
-    for ref in graph.outputs:
-        names = [ref.name] if ref.kind == "state" else []
-        if ref.name in graph.free and ref.name in nodes:  # the last stage computes it from its weights
-            made = {nodes[ref.name], *free_closure([nodes[ref.name]], graph.free)}
-            names = [arg.name for node in made for arg in node.all_input_nodes]
-        for name in names:
-            if name in trained:
-                users[name].add(last)
+    results = {ref.name for ref in graph.outputs}
+    wanted = [node for node in graph.graph.nodes if node.name in results and node.name in graph.free]
+    # The last stage computes these from its weights, as code generation does.
+    made = free_results(graph.graph, wanted, graph.free)
+    names = [ref.name for ref in graph.outputs if ref.kind == "state"]
+    for name in (*names, *(arg.name for node in made for arg in node.all_input_nodes)):
+        if name in trained:
+            users[name].add(last)
     return {name: sorted(users[name]) for name in (e.name for e in graph.state) if name in users}
 
 
@@ -161,9 +175,9 @@ def _sends(out: Sequence[Edge], step: Instruction) -> list[Edge]:
     """What follows a computation, the neighbour first."""
     kinds = {Op.FORWARD: False, Op.BACKWARD: True, Op.BACKWARD_INPUT: True}
     found = [
-        e for e in out if e.source == step.stage and not e.kind and step.op in kinds and e.backward is kinds[step.op]
+        e for e in out if e.source == step.stage and not e.tied and step.op in kinds and e.backward is kinds[step.op]
     ]
-    return sorted(found, key=lambda e: abs(e.target - e.source))
+    return sorted(found, key=lambda e: (e.target == HOST, abs(e.target - e.source)))
 
 
 def _tied(weights: Mapping[str, TensorSpec], users: dict[str, list[int]], device_of: dict[int, int]) -> list[Edge]:

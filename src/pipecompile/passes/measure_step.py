@@ -26,8 +26,15 @@ class Nothing:
         pass
 
 
-def draw(op):
-    pass
+class Draw:
+    def __call__(self, op):
+        pass
+
+    def statistics(self, norm, x, like):
+        return torch.zeros_like(like), torch.zeros_like(like)
+
+
+draw = Draw()
 
 
 def kept_by_forward(loss, state, reads):
@@ -60,6 +67,7 @@ class MeasureStep:
     """
 
     budget: float = 0.3
+    deferred: bool = False
 
     def apply(
         self,
@@ -81,11 +89,11 @@ class MeasureStep:
         written = {entry.name for entry in graph.state if entry.mutated}
         jobs: list[Job] = []
         places: list[tuple[int, str]] = []
-        kept: list[int] = []
+        kept: list[tuple[int, int]] = []
         for stage in plan.stages:
             s = stage.index
             device = next(d for d in program.devices if s in d.stages)
-            emit = StepEmitter(graph, module)
+            emit = StepEmitter(graph, module, deferred=self.deferred)
             writer = StageWriter(emit, plan, program, gradients, device, s, 110)
             text = writer.source()
             source = "\n\n".join([IMPORTS, *emit.functions.values(), text, _PIECES.replace("{s}", str(s))])
@@ -95,8 +103,10 @@ class MeasureStep:
             given = (_spread(loss),) if writer.last else ()
             namespace: dict[str, Any] = {}
             exec(compile(source, f"<stage {s}>", "exec"), namespace)
-            made, nbytes = _saved(partial(namespace["kept_by_forward"], given, state, reads), trained)
-            kept.append(nbytes + sum(v.nbytes for v in reads if isinstance(v, torch.Tensor)))
+            received = [v for v in reads if isinstance(v, torch.Tensor)]
+            made, nbytes = _saved(partial(namespace["kept_by_forward"], given, state, reads), [*trained, *received])
+            came = sum(v.nbytes for v in received)
+            kept.append((nbytes + came, came + sum(state[i].nbytes for i in writer.written)))
             if not writer.last:
                 values.update(zip(writer.makes, [_plain(v) for v in made], strict=True))
             back = tuple(torch.randn_like(values[v]) for v in writer.arrivals)
@@ -106,17 +116,17 @@ class MeasureStep:
             jobs += [Job(source, piece, (given, state, trained, reads, back)) for piece in pieces]
             places += [(s, piece) for piece in pieces]
         times = dict(zip(places, measure.functions(jobs, self.budget), strict=True))
-        return tuple(_cost(times, s, kept[s]) for s in range(len(plan.stages)))
+        return tuple(_cost(times, s, *kept[s]) for s in range(len(plan.stages)))
 
 
-def _cost(times: Mapping[tuple[int, str], float], stage: int, kept: int) -> StageCost:
+def _cost(times: Mapping[tuple[int, str], float], stage: int, kept: int, stash: int) -> StageCost:
     """Each piece was timed together with what must come before it."""
     forward = times[stage, "forward"]
     whole = times.get((stage, "backward"), forward)
     first = times.get((stage, "backward_input"), forward)
     second = times.get((stage, "backward_weight"), first)
     halves = max(first - forward, 0.0), max(second - first, 0.0)
-    return StageCost(forward, *halves, max(whole - forward, 0.0) or sum(halves), 0.0, kept)
+    return StageCost(forward, *halves, max(whole - forward, 0.0) or sum(halves), 0.0, kept, stash)
 
 
 def _saved(run: Callable[[], Any], weights: Sequence[torch.Tensor]) -> tuple[Any, int]:

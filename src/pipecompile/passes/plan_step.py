@@ -98,20 +98,20 @@ def step_schedule(name: str) -> StepSchedule:
     return STEP_SCHEDULES[name]
 
 
-def training_profile(graph: ModelGraph, profile: Profile, gradients: Gradients) -> Profile:
+def training_profile(graph: ModelGraph, profile: Profile, gradients: Gradients, *, again: bool = False) -> Profile:
     """Seconds of forward and backward together, estimated from those of the forward.
 
     A layer with a trained convolution or matrix computes three products of equal size (the
     result, the gradient of its input, that of its weight); another one goes forward and back;
-    one without gradients only forward.
+    one without gradients only forward. With ``again`` the forward counts twice.
     """
     nodes = {node.name: node for node in graph.graph.nodes}
 
     def factor(names: Sequence[str], has_gradient: Callable[[str], bool]) -> float:
         if not any(has_gradient(name) for name in names):
-            return 1.0
+            return 1.0 + again
         heavy = any(w.name in gradients.weights for name in names for w in heavy_weights(nodes[name]))
-        return 3.0 if heavy else 2.0
+        return (3.0 if heavy else 2.0) + again
 
     factors = {i: factor(layer.nodes, gradients.values.__contains__) for i, layer in enumerate(graph.layers)}
     scaled = profile.scaled(factors)

@@ -17,18 +17,22 @@ from torch import fx
 
 from pipecompile.ir.graph import Layer, ModelGraph
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import DeviceProgram, Edge, Op, Program
+from pipecompile.ir.program import HOST, DeviceProgram, Edge, Op, Program
 from pipecompile.ir.training import Gradients
 from pipecompile.passes.codegen import define, indent, stage_state, title, tuple_of
 from pipecompile.passes.emit import HEADER, Emitter, local
+from pipecompile.passes.deferred import deferred_norms
 from pipecompile.passes.layers import free_closure
 from pipecompile.passes.operators import draws, heavy_weights
 
 #: What generated training modules begin with.
 IMPORTS = (
     HEADER
-    + "edge_of = torch.autograd.graph.get_gradient_edge\n"
     + "grad = torch.autograd.grad\n\n\n"
+    + "def edge_of(value):\n"
+    + '    """Where the gradient of a value arrives; None in a forward that records none."""\n'
+    + "    return torch.autograd.graph.get_gradient_edge(value) if torch.is_grad_enabled() else None\n"
+    + "\n\n"
     + "def filled(gradient, value):\n"
     + '    """The gradient of a value, zero where nothing depends on it."""\n'
     + "    return torch.zeros_like(value) if gradient is None else gradient\n"
@@ -43,8 +47,9 @@ IMPORTS = (
 class StepEmitter(Emitter):
     """Seeds every random operator, and takes the gradient edge of heavy ones while it is still theirs."""
 
-    def __init__(self, graph: ModelGraph, module: fx.GraphModule) -> None:
+    def __init__(self, graph: ModelGraph, module: fx.GraphModule, *, deferred: bool = False) -> None:
         super().__init__(graph, module)
+        self.norms, self.counters = deferred_norms(graph) if deferred else ({}, {})
         random = [node for node in graph.graph.nodes if node.op == "call_function" and self._draws(node)]
         self.random = {node: i for i, node in enumerate(random)}
         self.taps: dict[fx.Node, list[str]] = {}
@@ -61,7 +66,17 @@ class StepEmitter(Emitter):
 
     def statement(self, node: fx.Node) -> list[str]:
         """As for a stream; the edge is taken at once, since an in-place operator may follow."""
-        lines = super().statement(node)
+        if node in self.counters:
+            # Counted once a step; a module used again counts on from here.
+            return [f"{local(node)} = {self.expression(node.args[0])}"] if node.users else []
+        if node in self.norms:
+            norm = self.norms[node]
+            x, weight, bias, mean = (self.expression(arg) for arg in node.args[:4])
+            rest = ", ".join(self.expression(arg) for arg in node.args[7:])
+            found = f"*draw.statistics({norm.number}, {x}, {mean})"
+            lines = [f"{local(node)} = aten.batch_norm.default({x}, {weight}, {bias}, {found}, True, 1.0, {rest})"]
+        else:
+            lines = super().statement(node)
         if node in self.random:
             lines.insert(0, f"draw({self.random[node]})")
         if node in self.taps:
@@ -98,14 +113,16 @@ class StageWriter:
     trained: list[str] = field(init=False)
     late: dict[fx.Node, list[str]] = field(init=False)
     last: bool = field(init=False)
+    written: list[int] = field(init=False)
     more: str = field(init=False, default="")
     """Further arguments of a whole backward's call of autograd."""
 
     def __post_init__(self) -> None:
         graph, edges = self.emit.model, self.program.edges
-        forward = [e for e in edges if not e.kind and not e.backward]
+        forward = [e for e in edges if e.forward]
         own = {v for i in self.plan.stages[self.stage].layers for v in graph.layers[i].makes}
-        self.last = self.stage == len(self.plan.stages) - 1
+        final = self.stage == len(self.plan.stages) - 1
+        self.last = final and not any(e.target == HOST for e in forward)  # else the caller computes the loss
         self.reads = list(dict.fromkeys(v for e in forward if e.target == self.stage for v in model_values(e)))
         makes = [v for e in forward if e.source == self.stage for v in model_values(e)]
         if self.last:
@@ -121,6 +138,8 @@ class StageWriter:
         self.trained = [name for name in self.state if name in self.gradients.weights]
         ops = {s.op for s in (*self.device.warm_up, *self.device.body) if s.stage == self.stage}
         self.late = self._late_weights() if Op.BACKWARD_WEIGHT in ops else {}
+        written = {entry.name for entry in graph.state if entry.mutated}
+        self.written = [i for i, name in enumerate(self.state) if name in written]
         self._ops = ops
 
     @property
@@ -143,9 +162,22 @@ class StageWriter:
         """The variable of a value."""
         return local(self.emit.nodes[value])
 
+    @property
+    def deferred(self) -> str:
+        """The arguments of ``link.commit``, empty where no BatchNorm of the stage is deferred."""
+        nodes = [self.emit.nodes[name] for layer in self._layers for name in layer.nodes]
+        norms = [self.emit.norms[node] for node in nodes if node in self.emit.norms]
+        counters = [self.emit.counters[node] for node in nodes if node in self.emit.counters]
+        rows = [f"({n.number}, {n.mean!r}, {n.var!r}, {n.momentum})" for n in norms]
+        return f"{tuple_of('', rows)}, {tuple_of('', [repr(name) for name in counters])}" if norms or counters else ""
+
     def source(self) -> str:
         """All functions of the stage."""
-        parts = [self._stage(), self._forward()]
+        parts = [self._stage()]
+        if Op.RECOMPUTE in self._ops:
+            parts += [self._forward("record"), self._first_forward(), self._second_forward()]
+        else:
+            parts.append(self._forward())
         if Op.BACKWARD in self._ops:
             parts.append(self._backward())
         if Op.BACKWARD_INPUT in self._ops:
@@ -163,7 +195,25 @@ class StageWriter:
         doc = f'"""{title(None, self._layers)}. Returns results, and edges to the large weights."""'
         return define(f"stage_{self.stage}", parameters, self.width) + indent([doc, *lines])
 
-    def _forward(self) -> str:
+    def _first_forward(self) -> str:
+        """Where a stage is recomputed: no gradients are recorded."""
+        reads = [self.name(v) for v in self.reads]
+        before = tuple_of("", [f"state[{i}].clone()" for i in self.written])
+        lines = ['"""One micro-batch: what to send on. Only what came in is kept, and buffers as they are."""']
+        lines += [f"kept = draw, {before}, {tuple_of('', reads)}"]
+        lines += [f"made, _ = stage_{self.stage}({', '.join(['draw', '*state', *reads])})", "return made, kept"]
+        return define(f"forward_{self.stage}", ["draw", "state", *reads], self.width) + indent(lines)
+
+    def _second_forward(self) -> str:
+        lines = ['"""The forward once more, for the backward; buffers change in copies."""']
+        lines += ["draw, before, reads = kept"]
+        if self.written:
+            copies = {index: f"before[{i}]" for i, index in enumerate(self.written)}
+            lines.append(f"state = {tuple_of('', [copies.get(i, f'state[{i}]') for i in range(len(self.state))])}")
+        lines.append(f"return record_{self.stage}(draw, state, *reads)[1]")
+        return define(f"again_{self.stage}", ["kept", "state"], self.width) + indent(lines)
+
+    def _forward(self, function: str = "forward") -> str:
         reads, makes = [self.name(v) for v in self.reads], [self.name(v) for v in self.makes]
         lines = ['"""One micro-batch: what to send on, and what to keep for the backward."""']
         lines += [f"{self.name(v)} = {self.name(v)}.detach().requires_grad_()" for v in self.leaves]
@@ -181,7 +231,7 @@ class StageWriter:
         leaves = tuple_of("", [self.name(v) for v in self.leaves])
         lines.append(f"return {'()' if self.last else 'made'}, ({leaves}, {tuple_of('', results)}, edges)")
         parameters = ["draw", *(["loss_of"] if self.last else []), "state", *reads]
-        return define(f"forward_{self.stage}", parameters, self.width) + indent(lines)
+        return define(f"{function}_{self.stage}", parameters, self.width) + indent(lines)
 
     @property
     def arrivals(self) -> list[str]:

@@ -51,7 +51,7 @@ def _structure(program: Program) -> None:
         edges[edge.name] = edge
         within = owner.get(edge.source) == owner.get(edge.target)
         for stage in (edge.source, edge.target):
-            if stage not in owner and (stage != HOST or edge.target == HOST):
+            if stage not in owner and stage != HOST:
                 raise ProgramError(f"edge {edge.name} ends at stage {stage}, which is on no device")
         if within != (edge.slots == 0):
             raise ProgramError(f"edge {edge.name} has {edge.slots} slots: none within a device, else at least one")
@@ -77,7 +77,7 @@ def _place(step: Instruction, device: DeviceProgram, edges: dict[str, Edge]) -> 
         raise ProgramError(f"{where}: stage {step.stage} is at the other end of edge {edge.name}")
     if edge.slots == 0:
         raise ProgramError(f"{where}: nothing travels on edge {edge.name}, whose ends are on one device")
-    if step.op is Op.REDUCE and edge.kind != "tied":
+    if step.op is Op.REDUCE and not edge.tied:
         raise ProgramError(f"{where}: edge {edge.name} carries no gradients of tied weights")
 
 
@@ -98,6 +98,8 @@ class _Stage:
     forward: int = 0
     backward: int = 0
     weight: int = 0
+    again: int = 0
+    recomputes: bool = False
     reduced: set[str] = field(default_factory=set[str])
     stepped: bool = False
 
@@ -108,7 +110,10 @@ class _Machine:
     def __init__(self, program: Program) -> None:
         self.program, self.count = program, program.micro_batches
         backward = {s.stage for d in program.devices for s in d.warm_up if s.op in (*_BACKWARD, *_WEIGHT)}
-        self.stages = {s: _Stage(d.device, s in backward) for d in program.devices for s in d.stages}
+        again = {s.stage for d in program.devices for s in d.warm_up if s.op is Op.RECOMPUTE}
+        self.stages = {
+            s: _Stage(d.device, s in backward, recomputes=s in again) for d in program.devices for s in d.stages
+        }
         self.rings = {edge.name: _Ring(edge) for edge in program.edges or chain_edges(program)}
 
     def run(self) -> None:
@@ -133,8 +138,14 @@ class _Machine:
         self._complete()
 
     def _submit(self) -> bool:
+        """What the caller does: hand over inputs, take every result, and only then send gradients of them."""
         moved = False
+        results = [ring for ring in self.rings.values() if ring.edge.target == HOST]
+        for ring in results:
+            ring.posted = self.count
         for ring in self.rings.values():
+            if ring.edge.kind == "gradient" and any(result.sent < self.count for result in results):
+                continue
             if ring.edge.source == HOST and ring.sent < min(ring.posted, self.count):
                 ring.sent = min(ring.posted, self.count)
                 moved = True
@@ -162,14 +173,20 @@ class _Machine:
             ((Op.FORWARD,), stage.forward, "forward"),
             (_BACKWARD, stage.backward, "backward"),
             (_WEIGHT, stage.weight, "weight gradients"),
+            ((Op.RECOMPUTE,), stage.again, "second forward"),
         ):
             if step.op in ops and i != done:
                 raise ProgramError(f"{where} comes when the {kind} of micro-batch {done} is due")
+        if step.op is Op.RECOMPUTE and (stage.forward <= i or stage.backward != i):
+            raise ProgramError(f"{where} comes before the first forward, or not right before its backward")
+        if step.op in _BACKWARD and stage.recomputes and stage.again <= i:
+            raise ProgramError(f"{where} comes before the second forward of micro-batch {i}")
         if step.op in _BACKWARD and stage.forward <= i:
             raise ProgramError(f"{where} comes before the forward of micro-batch {i}")
         if step.op is Op.BACKWARD_WEIGHT and stage.backward <= i:
             raise ProgramError(f"{where} comes before the input gradients of micro-batch {i}")
-        reads = [] if step.op is Op.BACKWARD_WEIGHT else self._incoming(step.stage, step.op is not Op.FORWARD)
+        waits = step.op not in (Op.BACKWARD_WEIGHT, Op.RECOMPUTE)
+        reads = self._incoming(step.stage, step.op is not Op.FORWARD) if waits else []
         for ring in reads:
             if ring.edge.slots and ring.posted <= i:
                 raise ProgramError(f"{where} uses message {i} of edge {ring.edge.name}, never posted")
@@ -179,6 +196,7 @@ class _Machine:
         stage.forward += step.op is Op.FORWARD
         stage.backward += step.op in _BACKWARD
         stage.weight += step.op in _WEIGHT
+        stage.again += step.op is Op.RECOMPUTE
         if step.op in _WEIGHT or not stage.trains:
             for ring in self._incoming(step.stage, True) + self._incoming(step.stage, False):
                 ring.released = i + 1
@@ -187,12 +205,12 @@ class _Machine:
     def _incoming(self, stage: int, backward: bool) -> list[_Ring]:
         return [
             r for r in self.rings.values()
-            if r.edge.target == stage and not r.edge.kind and r.edge.backward == backward
+            if r.edge.target == stage and not r.edge.tied and r.edge.backward == backward
         ]  # fmt: skip
 
     def _made(self, edge: Edge) -> int:
         """How many messages the source of an edge has computed."""
-        if edge.kind:
+        if edge.tied:
             return int(all(stage.weight == self.count for stage in self._users(edge)))
         source = self.stages[edge.source]
         return source.backward if edge.backward else source.forward
@@ -219,7 +237,7 @@ class _Machine:
             raise ProgramError(f"{where} sends a message when {ring.sent} is due; each is sent once, in order")
         if self._made(ring.edge) <= step.sample:
             raise ProgramError(f"{where} comes before what it sends is computed")
-        if not ring.edge.kind and self._made(ring.edge) > step.sample + 1:
+        if not ring.edge.tied and self._made(ring.edge) > step.sample + 1:
             raise ProgramError(f"{where} comes after the next micro-batch is computed; its values are gone")
         if ring.posted <= step.sample:
             return f"{where} waits for a posted slot"
@@ -247,7 +265,7 @@ class _Machine:
                 raise ProgramError(f"{where} comes before the weight gradients of stage {other} are complete")
         for ring in self.rings.values():
             name = ring.edge.name
-            if ring.edge.kind and ring.edge.target == step.stage and name not in stage.reduced:
+            if ring.edge.tied and ring.edge.target == step.stage and name not in stage.reduced:
                 raise ProgramError(f"{where} comes before the gradients on edge {name} are added")
         stage.stepped = True
         return ""
@@ -262,7 +280,7 @@ class _Machine:
             if stage.trains and stage.weight < self.count:
                 raise ProgramError(f"{where} never computes the weight gradients of micro-batch {stage.weight}")
         for ring in self.rings.values():
-            wanted = 1 if ring.edge.kind else self.count
+            wanted = 1 if ring.edge.tied else self.count
             if ring.edge.slots and ring.sent < wanted:
                 raise ProgramError(f"edge {ring.edge.name}: message {ring.sent} is never sent")
 

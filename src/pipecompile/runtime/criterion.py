@@ -9,16 +9,18 @@ import torch
 
 from pipecompile.errors import InputError
 from pipecompile.ir.tree import Tree, unflatten
+from pipecompile.runtime.step import NotFinite
 
 
 class Criterion:
     """Calls ``loss_fn(result, target)`` with the model's own result and the target of a micro-batch.
 
-    ``targets`` and ``weights`` are those of the step under way, per micro-batch.
+    ``targets`` and ``weights`` are those of the step under way, per micro-batch. With ``finite`` a
+    loss that is NaN or infinite is refused.
     """
 
-    def __init__(self, loss_fn: Callable[[Any, Any], Any], out_tree: Tree) -> None:
-        self._loss_fn, self._tree = loss_fn, out_tree
+    def __init__(self, loss_fn: Callable[[Any, Any], Any], out_tree: Tree, *, finite: bool = False) -> None:
+        self._loss_fn, self._tree, self._finite = loss_fn, out_tree, finite
         self.targets: Sequence[Any] = ()
         self.weights: Sequence[float] = ()
 
@@ -27,6 +29,7 @@ class Criterion:
 
         Raises:
             InputError: if the loss is no scalar tensor, or has no gradient.
+            NotFinite: if it is NaN or infinite, and that is to be refused.
         """
         weight = self.weights[micro_batch]
         if weight == 0.0:
@@ -38,6 +41,8 @@ class Criterion:
             raise InputError(f"loss_fn returned {got}: it must return a scalar tensor (reduce it with mean or sum)")
         if not loss.requires_grad:
             raise InputError("the loss depends on nothing that has gradients: loss_fn must use the model's result")
+        if self._finite and not bool(torch.isfinite(loss)):
+            raise NotFinite(f"the loss of micro-batch {micro_batch} is {loss.item()}", micro_batch)
         return loss if weight == 1.0 else loss * weight
 
 

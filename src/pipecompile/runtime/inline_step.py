@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from pipecompile.errors import PipelineClosed, PipelineError
-from pipecompile.ir.package import DeviceModule
-from pipecompile.ir.program import HOST
 from pipecompile.ir.training import StepPackage, StepRequest
 from pipecompile.runtime.channels.link import ports_of
 from pipecompile.runtime.channels.local import LocalEdge
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender
-from pipecompile.runtime.criterion import Criterion
 from pipecompile.runtime.executor import bounds
-from pipecompile.runtime.module import execute
+from pipecompile.runtime.host_step import HostPorts
 from pipecompile.runtime.numerics import stage_mode
-from pipecompile.runtime.step import StepLink, step_error
-from pipecompile.runtime.update import DeviceUpdates, LocalBoard, OptimizerFactory
+from pipecompile.runtime.step import StepLink
+from pipecompile.runtime.step_run import Outcome, StepRun, failure, written_by
+from pipecompile.runtime.training import Training
+from pipecompile.runtime.update import DeviceUpdates, Handover, LocalBoard
 
 
 class Trainer(Protocol):
@@ -30,9 +31,28 @@ class Trainer(Protocol):
         """One step; the weighted loss of each micro-batch.
 
         Raises:
-            StepError: if a stage raises; the trainer is closed then.
-            WorkerDied: if the process of a device ends.
+            StepError: if a stage raises. Nothing has changed then, or else the trainer is closed.
+            WorkerDied: if the process of a device ends; the trainer is closed then.
         """
+        ...
+
+    def forward(self, request: StepRequest) -> list[dict[str, Any]]:
+        """Half a step, where the caller has the loss: the results of each micro-batch by name.
+
+        A half step before it that was never gone on with is given up.
+        """
+        ...
+
+    def backward(self, gradients: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The other half: gradients of weights by placeholder name, for those of the results.
+
+        They may be overwritten by the next step.
+        """
+        ...
+
+    @property
+    def closed(self) -> str:
+        """Why it cannot be used any more; empty while it can."""
         ...
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -59,28 +79,18 @@ class Trainer(Protocol):
 class InlineTrainer:
     """Implements :class:`Trainer` in the caller's process."""
 
-    def __init__(
-        self,
-        step: StepPackage,
-        weights: Mapping[str, torch.Tensor],
-        loss_fn: Callable[[Any, Any], Any],
-        optimizer: OptimizerFactory,
-        seed: int,
-        *,
-        keep_gradients: bool = False,
-    ) -> None:
+    def __init__(self, step: StepPackage, weights: Mapping[str, torch.Tensor], training: Training) -> None:
         package = step.package
-        self._package, self._closed, self._done = package, "", 0
+        self.closed, self._done, self._pending = "", 0, False
         edges = [edge for edge in package.program.edges if edge.slots]
         room = bounds(package, None)
         local = {edge.name: LocalEdge(edge, room) for edge in edges}
-        position = {name: i for i, name in enumerate(package.input_names)}
-        self._inputs = [
-            (local[e.name].sender(), tuple(position[v] for v in e.values)) for e in edges if e.source == HOST
-        ]
+        self._host = HostPorts(
+            package, step.micro_batches, lambda e: local[e.name].sender(), lambda e: local[e.name].receiver()
+        )
         updating = [m.device for m in package.modules if any(step.owned.get(s) for s in m.stages)]
         self._board = LocalBoard(updating)
-        self._criterion = Criterion(loss_fn, package.out_tree)
+        self._criterion = training.criterion(package.out_tree)
         for name in package.imports:
             importlib.import_module(name)
         self._devices: list[_Device] = []
@@ -91,104 +101,163 @@ class InlineTrainer:
                 for i, info in enumerate(infos)
             ]
             mine = {s: step.owned[s] for s in module.stages if s in step.owned}
-            updates = DeviceUpdates(module.device, mine, weights, optimizer, self._board)
-            updates.keep = keep_gradients
-            link = StepLink(weights, ports, updates, seed)
+            updates = training.updates(module.device, mine, weights, self._board)
+            link = StepLink(weights, ports, updates, training.seed, written_by(package, module))
             link.criterion = self._criterion
-            self._devices.append(_Device(module, link, updates))
+            run = StepRun(module, link, ports, step.micro_batches)
+            self._devices.append(_Device(link, updates, run))
 
     def step(self, request: StepRequest) -> list[torch.Tensor]:
         """See :class:`Trainer`."""
-        if self._closed:
-            raise PipelineClosed(f"this pipeline cannot be used any more: {self._closed}")
-        self._criterion.targets, self._criterion.weights = request.targets, request.weights
-        self._board.reset()
-        count = len(request.leaves)
-        try:
-            with stage_mode(1), torch.random.fork_rng(devices=[]):
-                for device in self._devices:
-                    device.begin(request, self._done)
-                while any(device.port is not None for device in self._devices):
-                    moved = self._submit(request, count)
-                    turns = [device.advance() for device in self._devices]  # each gets one
-                    moved |= any(turns)
-                    if not moved:
-                        raise PipelineError(f"deadlock in step {request.number}: every device waits")
-        except Exception as error:
-            self._closed = f"it failed: {str(error).splitlines()[0]}"
-            raise
-        self._done += 1
-        return [loss for device in self._devices for loss in device.link.losses]
+        self._begin(request)
+        self._run(lambda: not any(device.port is not None for device in self._devices))
+        return [loss for outcome in self._end() for loss in outcome.losses]
 
-    def _submit(self, request: StepRequest, count: int) -> bool:
-        moved, base = False, self._done * count
-        for sender, where in self._inputs:
-            while sender.sample < base + count and sender.ready():
-                leaves = request.leaves[sender.sample - base]
-                sender.put(sender.sample, *[leaves[i] for i in where])
-                moved = True
-        return moved
+    def forward(self, request: StepRequest) -> list[dict[str, Any]]:
+        """See :class:`Trainer`."""
+        if self._pending:
+            self._abandon()
+        self._begin(request)
+        self._pending = True
+        self._run(lambda: self._host.complete or any(device.failed for device in self._devices))
+        if not self._host.complete:
+            self._abandon()
+        return self._host.results
+
+    def backward(self, gradients: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """See :class:`Trainer`."""
+        self._host.answer(gradients)
+        self._run(lambda: not any(device.port is not None for device in self._devices))
+        self._end()
+        return self.gradients()
+
+    def _begin(self, request: StepRequest) -> None:
+        if self.closed:
+            raise PipelineClosed(f"this pipeline cannot be used any more: {self.closed}")
+        if self._criterion is not None:
+            self._criterion.targets, self._criterion.weights = request.targets, request.weights
+        self._board.reset()
+        self._host.begin(self._done, request.leaves)
+        with self._closing(), stage_mode(1), torch.random.fork_rng(devices=[]):
+            for device in self._devices:
+                device.begin(request, self._done)
+
+    def _run(self, until: Callable[[], bool]) -> None:
+        """Let everyone go on in turns."""
+        with self._closing(), stage_mode(1), torch.random.fork_rng(devices=[]):
+            while not until():
+                moved = self._host.move()
+                turns = [device.advance() for device in self._devices]  # each gets one
+                if any(device.failed for device in self._devices) or self._host.failed:
+                    self._board.abandon()
+                    self._host.drain()
+                elif not moved and not any(turns) and not until():
+                    raise PipelineError("deadlock: every device waits")
+
+    def _end(self) -> list[Outcome]:
+        self._done += 1
+        self._pending = False
+        outcomes = [device.outcome for device in self._devices]
+        error = failure(outcomes)
+        if error is None:
+            return outcomes
+        if any(outcome.updated for outcome in outcomes):
+            self.closed = f"it failed: {str(error).splitlines()[0]}"
+        else:
+            for device in self._devices:
+                device.link.roll_back()
+        raise error
+
+    def _abandon(self) -> None:
+        """Give up half a step. Buffers stay as its forward left them, unless a stage raised."""
+        self._host.drain()
+        self._run(lambda: not any(device.port is not None for device in self._devices))
+        if any(device.outcome.error for device in self._devices):
+            self._end()
+        self._done += 1
+        self._pending = False
+
+    @contextmanager
+    def _closing(self) -> Generator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.closed = f"it failed: {type(error).__name__}: {error}"
+            raise
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """See :class:`Trainer`."""
         return {name: g for device in self._devices for name, g in device.updates.latest.items()}
 
+    @property
+    def _optimizers(self) -> list[DeviceUpdates]:
+        return [device.updates for device in self._devices if isinstance(device.updates, DeviceUpdates)]
+
     def optimizer_state(self) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
         """See :class:`Trainer`."""
         state: dict[str, dict[str, Any]] = {}
         groups: dict[str, dict[str, Any]] = {}
-        for device in self._devices:
-            state.update(device.updates.state())
-            groups.update(device.updates.groups())
+        for updates in self._optimizers:
+            state.update(updates.state())
+            groups.update(updates.groups())
         return state, groups
 
     def load_optimizer_state(self, state: Mapping[str, dict[str, Any]], settings: Mapping[str, Any]) -> None:
         """See :class:`Trainer`."""
-        for device in self._devices:
-            device.updates.load(state, settings)
+        for updates in self._optimizers:
+            updates.load(state, settings)
 
     def set(self, settings: Mapping[str, Any]) -> None:
         """See :class:`Trainer`."""
-        for device in self._devices:
-            device.updates.set(settings)
+        for updates in self._optimizers:
+            updates.set(settings)
 
     def close(self) -> None:
         """See :class:`Trainer`."""
-        self._closed = self._closed or "it was closed"
+        self.closed = self.closed or "it was closed"
 
 
 class _Device:
-    """One device: its module and, while a step runs, its generator and the port that waits for."""
+    """One device: its run and, while a step goes on, its generator and the port that waits for."""
 
-    def __init__(self, module: DeviceModule, link: StepLink, updates: DeviceUpdates) -> None:
-        self.module, self.link, self.updates = module, link, updates
+    def __init__(self, link: StepLink, updates: DeviceUpdates | Handover, run: StepRun) -> None:
+        self.link, self.updates, self._run = link, updates, run
         self.port: Any = None
-        self._step = execute(module.source, module.filename)["step"]
+        self.outcome = Outcome()
         self._steps: Any = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has given up its part of the step under way."""
+        return self._run.failed
 
     def begin(self, request: StepRequest, done: int) -> None:
         """Run up to the first wait; ``done`` steps went through these rings before."""
-        self.link.number, self.link.losses = request.number, []
-        self.updates.begin(request.update, request.clip)
-        self._steps = self._step(self.link, done)
-        self._resume(None)
+        self.link.number = request.number
+        if isinstance(self.updates, DeviceUpdates):
+            self.updates.begin(request.update, request.clip)
+        else:
+            self.updates.begin()
+        self._steps = self._run.run(done)
+        self._resume(lambda: self._steps.send(None))
 
     def advance(self) -> bool:
         """Go on if the present wait is over; whether it was."""
         if self.port is None or not self.port.ready():
             return False
-        self._resume(self.port.take())
+        try:
+            value = self.port.take()
+        except Exception as error:  # the run says what follows from it
+            self._resume(partial(self._steps.throw, error))
+        else:
+            self._resume(partial(self._steps.send, value))
         return True
 
-    def _resume(self, value: Any) -> None:
+    def _resume(self, go_on: Callable[[], Any]) -> None:
         try:
-            self.port = self._steps.send(value)
-        except StopIteration:
-            self.port = None
-        except Exception as error:
-            module: Sequence[int] = self.module.stages
-            done = f" in step {self.link.number}"
-            raise step_error(error, self.module.filename, self.module.device, module, done) from error
+            self.port = go_on()
+        except StopIteration as end:
+            self.port, self.outcome = None, end.value
 
 
 __all__ = ["InlineTrainer", "Trainer"]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
 import socket
 import subprocess
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,10 +26,12 @@ from pipecompile.runtime.channels.link import PortInfo, ports_of
 from pipecompile.runtime.channels.ring import clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge, allocate, attach
 from pipecompile.runtime.executor import bounds
+from pipecompile.runtime.host_step import HostPorts
 from pipecompile.runtime.process import Process
 from pipecompile.runtime.records import Records
 from pipecompile.runtime.step_device import Boot
-from pipecompile.runtime.update import OptimizerFactory
+from pipecompile.runtime.step_run import Outcome, failure, written_by
+from pipecompile.runtime.training import Training
 
 _START_SECONDS = 60.0
 _HANG_SECONDS, _HANG_FACTOR = 5.0, 10.0
@@ -47,65 +50,79 @@ class ProcessTrainer:
         self,
         step: StepPackage,
         weights: Mapping[str, torch.Tensor],
-        loss_fn: Callable[[Any, Any], Any],
-        optimizer: OptimizerFactory,
-        seed: int,
+        training: Training,
         *,
-        keep_gradients: bool = False,
         hang_seconds: float | None = None,
         throttle: Mapping[str, Link] | None = None,
     ) -> None:
-        self._step, self._closed, self._done = step, "it never started", 0
+        self._step, self.closed, self._done = step, "it never started", 0
         self._weights = adopt(dict(weights))
+        self._places: dict[str, torch.Tensor] = {}
+        if training.optimizer is None:
+            owned = [name for names in step.owned.values() for name in names]
+            self._places = {name: torch.zeros_like(weights[name]).detach() for name in owned}
+        self._gradients = adopt(self._places)
+        self._answers: dict[int, Outcome] = {}
+        self._pending = False
         self._crew = crew = _Crew()
         self._updating: list[Worker] = []
         self._finalizer = weakref.finalize(self, crew.stop)
         planned = sum(stage.load for stage in step.package.plan.stages) * step.micro_batches
         self._limit = max(_HANG_SECONDS, _HANG_FACTOR * planned) if hang_seconds is None else hang_seconds
         try:
-            self._open(loss_fn, optimizer, seed, keep_gradients, dict(throttle or {}))
+            self._open(training, dict(throttle or {}))
         except BaseException:
             crew.stop()
             raise
-        self._closed = ""
+        self.closed = ""
 
-    def _open(
-        self,
-        loss_fn: Callable[[Any, Any], Any],
-        optimizer: OptimizerFactory,
-        seed: int,
-        keep_gradients: bool,
-        throttle: dict[str, Link],
-    ) -> None:
+    def _open(self, training: Training, throttle: dict[str, Link]) -> None:
         step, package, crew = self._step, self._step.package, self._crew
         sizes = bounds(package, None)
         edges = {e.name: SharedEdge.create(e, sizes) for e in package.program.edges if e.slots}
-        position = {name: i for i, name in enumerate(package.input_names)}
         last = len(package.plan.stages) - 1
         try:
             for module in package.modules:
                 mine = tuple(e for e in package.program.edges if e.slots and _touches(e.source, e.target, module))
                 worker = Worker(module, ports_of(mine, module.stages))
                 crew.workers.append(worker)
-                arenas = tuple(arena.fd for arena in self._weights.arenas)
+                arenas = (*self._weights.arenas, *self._gradients.arenas)
                 device = package.plan.cluster.devices[module.device]
-                worker.start([*arenas, *(fd for e in mine for fd in edges[e.name].fds)], device.core, device.threads)
+                fds = [*(arena.fd for arena in arenas), *(fd for e in mine for fd in edges[e.name].fds)]
+                worker.start(fds, device.core, device.threads)
+                owned = {s: step.owned[s] for s in module.stages if s in step.owned}
+                names = [name for own in owned.values() for name in own] if self._places else []
                 boot = Boot(
-                    module, mine, {e.name: edges[e.name].fds for e in mine}, sizes,
-                    {name: link for name, link in throttle.items() if any(e.name == name for e in mine)},
-                    worker.records_fd, arenas, self._weights.describe(module.state),
-                    {s: step.owned[s] for s in module.stages if s in step.owned}, optimizer,
-                    loss_fn if last in module.stages else None, package.out_tree, seed, keep_gradients,
-                    device.threads, numerics.snapshot(), package.imports,
-                )  # fmt: skip
+                    module=module,
+                    edges=mine,
+                    fds={e.name: edges[e.name].fds for e in mine},
+                    sizes=sizes,
+                    throttle={name: link for name, link in throttle.items() if any(e.name == name for e in mine)},
+                    records=worker.records_fd,
+                    arenas=tuple(arena.fd for arena in arenas),
+                    state=self._weights.describe(module.state),
+                    owned=owned,
+                    training=training if last in module.stages else replace(training, loss_fn=None),
+                    out_tree=package.out_tree,
+                    gradients=[
+                        {**entry, "arena": entry["arena"] + len(self._weights.arenas) if entry["nbytes"] else -1}
+                        for entry in self._gradients.describe(names)
+                    ],
+                    micro_batches=step.micro_batches,
+                    written=tuple(written_by(package, module)),
+                    threads=device.threads,
+                    numerics=numerics.snapshot(),
+                    imports=package.imports,
+                )
                 worker.say(boot, "loss_fn, the optimizer or a class in the model's result")
-            self._inputs = [
-                (edges[e.name].sender(), tuple(position[v] for v in e.values))
-                for e in package.program.edges
-                if e.source == HOST
-            ]
-            self._credits = [edges[e.name].credits for e in package.program.edges if e.source == HOST]
-            crew.fds += self._credits + [edges[e.name].arrivals for e in package.program.edges if e.source == HOST]
+            self._host = HostPorts(
+                package, step.micro_batches, lambda e: edges[e.name].sender(), lambda e: edges[e.name].receiver()
+            )
+            mine = tuple(e for e in package.program.edges if HOST in (e.source, e.target))
+            self._signals = {
+                e.name: edges[e.name].credits if e.source == HOST else edges[e.name].arrivals for e in mine
+            }
+            crew.fds += [fd for e in mine for fd in edges[e.name].fds[1:]]
         finally:
             kept = set(crew.fds)
             for edge in edges.values():
@@ -127,41 +144,84 @@ class ProcessTrainer:
 
     def step(self, request: StepRequest) -> list[torch.Tensor]:
         """See ``Trainer``."""
+        self._begin(request)
+        found = [loss for outcome in self._end() for loss in outcome.losses]
+        return [torch.tensor(value, dtype=getattr(torch, dtype)) for value, dtype in found]
+
+    def forward(self, request: StepRequest) -> list[dict[str, Any]]:
+        """See ``Trainer``."""
+        if self._pending:
+            self._abandon()
+        self._begin(request)
+        self._pending = True
+        with self._closing():
+            self._await(lambda: self._host.complete or self._host.failed)
+        if not self._host.complete:
+            self._abandon()
+        return self._host.results
+
+    def backward(self, gradients: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """See ``Trainer``."""
+        self._host.answer(gradients)
+        given = [name for outcome in self._end() for name in outcome.given]
+        return {name: self._places[name] for name in given}
+
+    def _begin(self, request: StepRequest) -> None:
         self._check()
         last = len(self._step.package.plan.stages) - 1
-        try:
+        with self._closing():
+            self._answers = {}
+            self._host.begin(self._done, request.leaves)
             for worker in self._crew.workers:
                 targets = pickled.packed(request.targets) if last in worker.module.stages else None
                 weights = list(request.weights)
                 worker.say(("step", self._done, request.number, request.update, request.clip, targets, weights))
-            answers = self._await(request)
-            self._done += 1
-        except BaseException as error:
-            self._fail(error)
-            raise
-        found = [loss for answer in answers for loss in answer]
-        return [torch.tensor(value, dtype=getattr(torch, dtype)) for value, dtype in found]
 
-    def _await(self, request: StepRequest) -> list[Any]:
-        """Feed inputs as slots are posted, add up norms, and collect every worker's answer."""
+    def _end(self) -> list[Outcome]:
+        """Wait for all answers; what failed is put back if it can be."""
+        with self._closing():
+            self._await(lambda: len(self._answers) == len(self._crew.workers))
+            outcomes = [self._answers[worker.module.device] for worker in self._crew.workers]
+            self._done += 1
+            self._pending = False
+            error = failure(outcomes)
+            if error is not None and not any(outcome.updated for outcome in outcomes):
+                self._ask("roll_back")
+        if error is None:
+            return outcomes
+        if any(outcome.updated for outcome in outcomes):
+            self._fail(error)
+        raise error
+
+    def _abandon(self) -> None:
+        """Give up half a step. Buffers stay as its forward left them, unless a stage raised."""
+        self._host.drain()
+        with self._closing():
+            self._await(lambda: len(self._answers) == len(self._crew.workers))
+        if any(outcome.error for outcome in self._answers.values()):
+            self._end()
+        self._done += 1
+        self._pending = False
+
+    def _await(self, until: Callable[[], bool]) -> None:
+        """Carry messages of the caller, add up norms and collect answers of workers."""
         workers = self._crew.workers
-        answers: dict[int, Any] = {}
         norms: dict[int, float] = {}
-        count, begun = len(request.leaves), clock()
-        base = self._done * count
-        poller = select.poll()
+        begun = clock()
         channels = {worker.commands.fileno(): worker for worker in workers}
-        for fd in (*channels, *self._credits):
-            poller.register(fd, select.POLLIN)
-        while len(answers) < len(workers):
-            for sender, where in self._inputs:
-                while sender.sample < base + count and sender.ready():
-                    leaves = request.leaves[sender.sample - base]
-                    sender.put(sender.sample, *[leaves[i].detach() for i in where])
-                if sender.sample == base + count:
-                    with contextlib.suppress(KeyError):
-                        poller.unregister(self._credits[self._inputs.index((sender, where))])
-            for fd, _ in poller.poll(int(min(self._limit / 4, 1.0) * 1000)):
+        while True:
+            # Once a device has failed the rest is carried without being looked at.
+            if self._host.failed:
+                waits = not self._host.drain()
+            else:
+                self._host.move()
+                waits = False
+            if until():
+                return
+            poller = select.poll()
+            for fd in (*channels, *(self._signals[edge] for edge in self._host.waits())):
+                poller.register(fd, select.POLLIN)
+            for fd, _ in poller.poll(1 if waits else int(min(self._limit / 4, 1.0) * 1000)):
                 if fd not in channels:
                     continue
                 worker = channels[fd]
@@ -169,14 +229,24 @@ class ProcessTrainer:
                 if kind == "norm":
                     norms[worker.module.device] = value
                 else:
-                    answers[worker.module.device] = value
-            if norms and len(norms) == len(self._updating):
-                total = sum(norms[device] for device in sorted(norms))
+                    self._answers[worker.module.device] = value
+            failed = any(not outcome.whole for outcome in self._answers.values())
+            if norms and (failed or len(norms) == len(self._updating)):
+                total = None if failed else sum(norms[device] for device in sorted(norms))
                 for worker in self._updating:
-                    worker.say(("norm", total))
+                    if worker.module.device in norms:
+                        worker.say(("norm", total))
                 norms.clear()
-            self._watch([w for w in workers if w.module.device not in answers], begun)
-        return [answers[worker.module.device] for worker in workers]
+            self._watch([w for w in workers if w.module.device not in self._answers], begun)
+
+    @contextmanager
+    def _closing(self) -> Generator[None]:
+        """Whatever is raised meanwhile ends the workers."""
+        try:
+            yield
+        except BaseException as error:
+            self._fail(error)
+            raise
 
     def _heard(self, worker: Worker) -> tuple[str, Any]:
         try:
@@ -235,16 +305,17 @@ class ProcessTrainer:
 
     def close(self) -> None:
         """See ``Trainer``. Between steps nothing is under way, so workers simply end."""
-        self._closed = self._closed or "it was closed"
-        self._inputs, self._updating = [], []
+        self.closed = self.closed or "it was closed"
+        self._updating = []
+        self._host.close()
         self._crew.stop()
 
     def _check(self) -> None:
-        if self._closed or os.getpid() != self._crew.owner:
-            raise PipelineClosed(f"this pipeline cannot be used any more: {self._closed or 'another process owns it'}")
+        if self.closed or os.getpid() != self._crew.owner:
+            raise PipelineClosed(f"this pipeline cannot be used any more: {self.closed or 'another process owns it'}")
 
     def _fail(self, error: BaseException) -> None:
-        self._closed = f"it failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        self.closed = f"it failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         self.close()
 
 

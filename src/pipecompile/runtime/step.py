@@ -6,15 +6,17 @@ import linecache
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from pipecompile.errors import StepError
 from pipecompile.ir.link import Port
+from pipecompile.runtime.batch_norm import BatchStatistics
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender
 
-_STAGE = re.compile(r"(?:stage|forward|backward|backward_input|backward_weight)_(\d+)")
+_STAGE = re.compile(r"(?:stage|forward|record|again|backward|backward_input|backward_weight)_(\d+)")
 _MASK = (1 << 64) - 1
 
 
@@ -62,8 +64,42 @@ def _held(gradient: torch.Tensor) -> torch.Tensor:
     return gradient if own else gradient.clone()
 
 
+class Draw:
+    """What a stage gets for one micro-batch: seeds for its random operators, and room for statistics of BatchNorms."""
+
+    def __init__(
+        self, seed: int, step: int, micro_batch: int, statistics: dict[int, dict[int, BatchStatistics]]
+    ) -> None:
+        self._seed, self._step, self._micro_batch, self._statistics = seed, step, micro_batch, statistics
+        self._manual_seed = torch.default_generator.manual_seed
+
+    def __call__(self, op: int) -> None:
+        """Seed random operator number ``op``."""
+        self._manual_seed(mask_seed(self._seed, self._step, self._micro_batch, op))
+
+    def statistics(self, norm: int, x: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where BatchNorm number ``norm`` of input ``x`` puts its mean and variance. A second forward counts not."""
+        mean, var = torch.zeros_like(like), torch.zeros_like(like)
+        count = x.numel() // x.shape[1]
+        self._statistics.setdefault(norm, {}).setdefault(self._micro_batch, BatchStatistics(count, mean, var))
+        return mean, var
+
+
+class NotFinite(Exception):
+    """The loss of a micro-batch, or (-1) gradients of ``weights`` by placeholder name, are NaN or infinite."""
+
+    def __init__(self, message: str, micro_batch: int = -1, weights: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.micro_batch, self.weights = micro_batch, weights
+
+
 class Updates(Protocol):
     """The optimizers of a device, by stage."""
+
+    @property
+    def updated(self) -> bool:
+        """Whether an update has begun in the step under way."""
+        ...
 
     def norm(self, sums: Sums) -> Port:
         """A port that is ready once the norm over all devices is known."""
@@ -78,6 +114,7 @@ class StepLink:
     """The ``link`` of a generated training step: one device's tensors, ports, sums and updates.
 
     ``number`` counts steps over the whole training, ``losses`` receives the value of each micro-batch, weighted.
+    ``written`` names the buffers that stages write to.
     """
 
     def __init__(
@@ -86,14 +123,36 @@ class StepLink:
         ports: Sequence[RingReceiver | RingSender],
         updates: Updates,
         seed: int,
+        written: Sequence[str] = (),
     ) -> None:
         self._tensors, self._updates, self._seed = tensors, updates, seed
+        self._written = [tensors[name] for name in written]
+        self._statistics: dict[int, dict[int, BatchStatistics]] = {}
+        self._before: tuple[list[torch.Tensor], dict[str, torch.Tensor]] = ([], {})
         self._receivers = {port.edge: port for port in ports if isinstance(port, RingReceiver)}
         self._senders = {port.edge: port for port in ports if isinstance(port, RingSender)}
         self.sums = Sums()
         self.number = 0
         self.losses: list[torch.Tensor] = []
         self.criterion: Callable[[int, Sequence[Any]], torch.Tensor] | None = None
+
+    def begin(self) -> None:
+        """Note buffers and sums as they are before a step. Sums are never changed in place."""
+        self._before = [buffer.clone() for buffer in self._written], dict(self.sums.values)
+        self.losses = []
+        self._statistics.clear()
+
+    def roll_back(self) -> None:
+        """Put back what :meth:`begin` noted."""
+        buffers, sums = self._before
+        for buffer, value in zip(self._written, buffers, strict=False):
+            buffer.copy_(value)
+        self.sums.values = dict(sums)
+
+    @property
+    def updated(self) -> bool:
+        """Whether weights may have been changed in the step under way."""
+        return self._updates.updated
 
     def tensors(self, names: Sequence[str]) -> tuple[torch.Tensor, ...]:
         """Parameters, buffers and constants by placeholder name."""
@@ -110,14 +169,17 @@ class StepLink:
         """The sending end of the named edge."""
         return self._senders[edge]
 
-    def draw(self, micro_batch: int) -> Callable[[int], None]:
+    def draw(self, micro_batch: int) -> Draw:
         """What seeds the random operators of a micro-batch, by number."""
-        seed, step, manual_seed = self._seed, self.number, torch.default_generator.manual_seed
+        return Draw(self._seed, self.number, micro_batch, self._statistics)
 
-        def draw(op: int) -> None:
-            manual_seed(mask_seed(seed, step, micro_batch, op))
-
-        return draw
+    def commit(self, norms: Sequence[tuple[int, str, str, float]], counters: Sequence[str]) -> None:
+        """Update the running statistics of deferred BatchNorms, once a step; see :class:`BatchStatistics`."""
+        for norm, mean, var, momentum in norms:
+            parts = self._statistics.pop(norm)
+            BatchStatistics.of(list(parts.values())).update(self._tensors[mean], self._tensors[var], momentum)
+        for name in counters:
+            self._tensors[name].add_(1)
 
     def loss(self, micro_batch: int) -> Callable[..., torch.Tensor]:
         """The loss of a micro-batch as a function of the model's results, weighted by its size."""
@@ -140,8 +202,17 @@ class StepLink:
         self._updates.update(stage, self.sums)
 
 
-def step_error(error: BaseException, filename: str, device: int, stages: Sequence[int], done: str = "") -> StepError:
-    """The exception of a device module in the model's own terms: stage, layer and generated line."""
+@dataclass(frozen=True)
+class Place:
+    """Where in a generated module something was raised: stage, layer (or empty) and line."""
+
+    stage: int
+    layer: str
+    line: str
+
+
+def place(error: BaseException, filename: str, stages: Sequence[int]) -> Place:
+    """The innermost frame of the module in a traceback, and the comment with the layer's name above it."""
     stage, layer, line = (stages[0] if stages else -1), "", filename
     for frame, number in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_filename == filename:
@@ -152,12 +223,18 @@ def step_error(error: BaseException, filename: str, device: int, stages: Sequenc
             if found or frame.f_code.co_name == "step":
                 layer = next((text.lstrip("# ") for text in above if text.startswith("#")), layer)
             line = f"{filename}:{number}: {linecache.getline(filename, number).strip()}"
-    where = f" in {layer}" if layer else ""
+    return Place(stage, layer, line)
+
+
+def step_error(error: BaseException, filename: str, device: int, stages: Sequence[int], done: str = "") -> StepError:
+    """The exception of a device module in the model's own terms: stage, layer and generated line."""
+    at = place(error, filename, stages)
+    where = f" in {at.layer}" if at.layer else ""
     trace = "".join(traceback.format_exception(error))
     return StepError(
-        f"stage {stage} on device {device} raised {type(error).__name__}{where}{done}: {error}\n  at {line}\n\n"
+        f"stage {at.stage} on device {device} raised {type(error).__name__}{where}{done}: {error}\n  at {at.line}\n\n"
         f"Traceback on the device:\n{trace}"
     )
 
 
-__all__ = ["StepLink", "Sums", "Updates", "mask_seed", "step_error"]
+__all__ = ["Draw", "NotFinite", "Place", "StepLink", "Sums", "Updates", "mask_seed", "place", "step_error"]

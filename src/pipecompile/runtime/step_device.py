@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,13 +19,13 @@ from pipecompile.ir.tree import Tree
 from pipecompile.runtime import numerics, pickled
 from pipecompile.runtime.arena import open_state
 from pipecompile.runtime.channels.link import ports_of
-from pipecompile.runtime.channels.ring import RingLayout, RingReceiver, RingSender, clock
+from pipecompile.runtime.channels.ring import RingLayout, RingReceiver, RingSender, SampleFailed, clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge, attach
-from pipecompile.runtime.criterion import Criterion
-from pipecompile.runtime.module import execute
 from pipecompile.runtime.records import Records
 from pipecompile.runtime.step import StepLink, step_error
-from pipecompile.runtime.update import DeviceUpdates, OptimizerFactory
+from pipecompile.runtime.step_run import Outcome, StepRun
+from pipecompile.runtime.training import Training
+from pipecompile.runtime.update import DeviceUpdates, Handover
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Boot:
     arenas: tuple[int, ...]
     state: list[dict[str, Any]]
     owned: dict[int, tuple[str, ...]]
-    optimizer: OptimizerFactory
-    loss_fn: Callable[[Any, Any], Any] | None
+    training: Training
     out_tree: Tree
-    seed: int
-    keep_gradients: bool
+    gradients: list[dict[str, Any]]
+    micro_batches: int
+    written: tuple[str, ...]
     threads: int
     numerics: dict[str, Any]
     imports: tuple[str, ...]
@@ -67,21 +67,22 @@ class StepDevice:
         for name in boot.imports:
             importlib.import_module(name)
         self._boot, self._module = boot, boot.module
-        tensors = dict(zip(boot.module.state, open_state(boot.arenas, boot.state), strict=True))
+        found = open_state(boot.arenas, [*boot.state, *boot.gradients])
+        tensors = dict(zip(boot.module.state, found, strict=False))
+        owned = [name for names in boot.owned.values() for name in names]
+        places = dict(zip(owned, found[len(boot.state) :], strict=True)) if boot.gradients else None
         ports = list[RingReceiver | RingSender]()
         for index, port in enumerate(ports_of(boot.edges, boot.module.stages)):
             shared = SharedEdge(RingLayout.of(port.edge, boot.sizes), *boot.fds[port.edge.name])
             throttle = boot.throttle.get(port.edge.name)
             ports.append(shared.receiver(index, throttle) if port.receives else shared.sender(index))
         self._records = Records(attach(boot.records), len(ports) + 1)
-        self._updates = DeviceUpdates(
-            boot.module.device, boot.owned, tensors, boot.optimizer, _SocketBoard(commands, len(ports))
-        )
-        self._updates.keep = boot.keep_gradients
-        self._link = StepLink(tensors, ports, self._updates, boot.seed)
-        self._criterion = None if boot.loss_fn is None else Criterion(boot.loss_fn, boot.out_tree)
+        board = _SocketBoard(commands, len(ports))
+        self._updates = boot.training.updates(boot.module.device, boot.owned, tensors, board, places)
+        self._link = StepLink(tensors, ports, self._updates, boot.training.seed, boot.written)
+        self._criterion = boot.training.criterion(boot.out_tree)
         self._link.criterion = self._criterion
-        self._step = execute(boot.module.source, boot.module.filename)["step"]
+        self._run = StepRun(boot.module, self._link, ports, boot.micro_batches)
         for fd in (*boot.arenas, boot.records, *(fds[0] for fds in boot.fds.values())):
             os.close(fd)
 
@@ -91,22 +92,37 @@ class StepDevice:
         try:
             return ("done", getattr(self, f"_do_{kind}")(*arguments))
         except Exception as error:
-            where = f" in step {self._link.number}" if kind == "step" else ""
             module = self._module
-            return ("error", str(step_error(error, module.filename, module.device, module.stages, where)))
+            return ("error", str(step_error(error, module.filename, module.device, module.stages)))
 
     def _do_step(
         self, done: int, number: int, update: bool, clip: float | None, targets: Any, weights: list[float]
-    ) -> list[tuple[float, str]]:
-        self._link.number, self._link.losses = number, []
-        self._updates.begin(update, clip)
+    ) -> Outcome:
+        self._link.number = number
+        if isinstance(self._updates, DeviceUpdates):
+            self._updates.begin(update, clip)
+        else:
+            self._updates.begin()
         if self._criterion is not None:
             self._criterion.targets = pickled.unpacked(targets)
             self._criterion.weights = weights
-        self._drive(self._step(self._link, done))
-        return [(loss.item(), str(loss.dtype).removeprefix("torch.")) for loss in self._link.losses]
+        outcome = self._drive(self._run.run(done))
+        losses = [(x.item(), str(x.dtype).removeprefix("torch.")) for x in outcome.losses]
+        return replace(outcome, losses=losses, given=tuple(self._updates.latest) if self._handed_over else ())
 
-    def _drive(self, steps: Any) -> None:
+    @property
+    def _handed_over(self) -> bool:
+        return isinstance(self._updates, Handover)
+
+    @property
+    def _optimizers(self) -> DeviceUpdates:
+        assert isinstance(self._updates, DeviceUpdates), "the caller has the optimizer"
+        return self._updates
+
+    def _do_roll_back(self) -> None:
+        self._link.roll_back()
+
+    def _drive(self, steps: Generator[Any, Any, Outcome]) -> Outcome:
         records = self._records
         count, log, capacity, resume = records.count, records.log, records.capacity, steps.send
         number = int(count[0])
@@ -118,23 +134,28 @@ class StepDevice:
                 log[at], log[at + 1], log[at + 3] = port.index, port.sample, 0.0
                 log[at + 2] = clock()
                 count[0] = number
-                value = port.take()
+                try:
+                    value = port.take()
+                except Exception as error:  # the run says what follows from it
+                    log[at + 3] = clock()
+                    port = steps.throw(error)
+                    continue
                 log[at + 3] = clock()
                 port = resume(value)
-        except StopIteration:
-            return
+        except StopIteration as end:
+            return end.value
 
     def _do_gradients(self) -> Any:
         return pickled.packed(self._updates.latest)
 
     def _do_state(self) -> Any:
-        return pickled.packed(self._updates.state()), self._updates.groups()
+        return pickled.packed(self._optimizers.state()), self._optimizers.groups()
 
     def _do_load(self, state: Any, settings: dict[str, Any]) -> None:
-        self._updates.load(pickled.unpacked(state), settings)
+        self._optimizers.load(pickled.unpacked(state), settings)
 
     def _do_set(self, settings: dict[str, Any]) -> None:
-        self._updates.set(settings)
+        self._optimizers.set(settings)
 
 
 class _SocketBoard:
@@ -153,9 +174,11 @@ class _SocketBoard:
         return False
 
     def take(self) -> float:
-        """The sum over all devices, from the trainer."""
+        """The sum over all devices, from the trainer; it has none if one of them failed."""
         kind, total = pickled.receive(self._commands)
         assert kind == "norm"
+        if total is None:
+            raise SampleFailed(-1)
         return float(total)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from pipecompile.ir.link import Port
-from pipecompile.runtime.step import Sums
+from pipecompile.runtime.channels.ring import SampleFailed
+from pipecompile.runtime.step import NotFinite, Sums
 
 #: What a user gives: ``functools.partial(torch.optim.SGD, lr=0.1)``, called with a list of parameters.
 OptimizerFactory = Callable[[list[Any]], torch.optim.Optimizer]
@@ -46,10 +49,10 @@ class _Ready:
 
 
 class _Norm:
-    """Waits for the sum of squares, and makes a scale of it."""
+    """Waits for the sum of squares, and makes a scale of it. Without ``clip`` it only has to be finite."""
 
-    def __init__(self, port: Port, clip: float, use: Callable[[float], None]) -> None:
-        self._port, self._clip, self._use = port, clip, use
+    def __init__(self, port: Port, clip: float | None, finite: bool, use: Callable[[float], None]) -> None:
+        self._port, self._clip, self._finite, self._use = port, clip, finite, use
         self.index, self.sample = -1, -1
 
     def ready(self) -> bool:
@@ -57,15 +60,41 @@ class _Norm:
         return self._port.ready()
 
     def take(self) -> None:
-        """As ``torch.nn.utils.clip_grad_norm_`` does: scale by max_norm / (norm + 1e-6) where that is below 1."""
+        """As ``torch.nn.utils.clip_grad_norm_`` does: scale by max_norm / (norm + 1e-6) where that is below 1.
+
+        Raises:
+            SampleFailed: if the norm is not finite and has to be: some device says why.
+        """
         norm = self._port.take() ** 0.5
-        self._use(min(1.0, self._clip / (norm + 1e-6)))
+        if self._finite and not math.isfinite(norm):
+            raise SampleFailed(-1)
+        if self._clip is not None:
+            self._use(min(1.0, self._clip / (norm + 1e-6)))
+
+
+class _Refused:
+    """Waits as the other devices do, then raises."""
+
+    def __init__(self, port: Port, weights: tuple[str, ...]) -> None:
+        self._port, self._weights = port, weights
+        self.index, self.sample = -1, -1
+
+    def ready(self) -> bool:
+        """As the norm is."""
+        return self._port.ready()
+
+    def take(self) -> None:
+        """Say which gradients are not finite."""
+        with contextlib.suppress(SampleFailed):
+            self._port.take()
+        raise NotFinite("gradients are NaN or infinite", weights=self._weights)
 
 
 class DeviceUpdates:
     """Implements :class:`pipecompile.runtime.step.Updates` for one device.
 
-    ``apply`` and ``clip`` are those of the step under way; ``scale`` follows from the norm.
+    ``apply`` and ``clip`` are those of the step under way; ``scale`` follows from the norm. With
+    ``finite`` nothing is updated anywhere when a gradient somewhere is NaN or infinite.
     """
 
     def __init__(
@@ -75,24 +104,34 @@ class DeviceUpdates:
         tensors: Mapping[str, torch.Tensor],
         factory: OptimizerFactory,
         board: Board,
+        *,
+        finite: bool = False,
+        keep: bool = False,
     ) -> None:
-        self._device, self._tensors, self._board = device, tensors, board
+        self._device, self._tensors, self._board, self._finite = device, tensors, board, finite
+        self.updated = False
         self.owned = {stage: tuple(names) for stage, names in owned.items() if names}
         self.optimizers = {stage: factory([tensors[name] for name in names]) for stage, names in self.owned.items()}
         self.apply, self.clip, self.scale = True, None, 1.0
-        self.keep, self.latest = False, dict[str, torch.Tensor]()
+        self._keep, self.latest = keep, dict[str, torch.Tensor]()
 
     def begin(self, apply: bool, clip: float | None) -> None:
         """Say what the step under way wants."""
-        self.apply, self.clip, self.scale = apply, clip, 1.0
+        self.apply, self.clip, self.scale, self.updated = apply, clip, 1.0, False
 
     def norm(self, sums: Sums) -> Port:
-        """See ``Updates``. Nothing to wait for unless gradients are clipped now."""
-        if not self.apply or self.clip is None:
+        """See ``Updates``. Nothing to wait for unless gradients are clipped now, or have to be finite.
+
+        Raises:
+            NotFinite: naming those that are not and have to be; the other devices are told.
+        """
+        if not self.apply or (self.clip is None and not self._finite):
             return _Ready()
-        own = [sums.values[n] for names in self.owned.values() for n in names if n in sums.values]
-        squares = sum((float(g.to_dense().double().pow(2).sum()) for g in own), 0.0)
-        return _Norm(self._board.offer(self._device, squares), self.clip, self._rescale)
+        own = {n: sums.values[n] for names in self.owned.values() for n in names if n in sums.values}
+        squares = {name: float(g.to_dense().double().pow(2).sum()) for name, g in own.items()}
+        port = _Norm(self._board.offer(self._device, sum(squares.values())), self.clip, self._finite, self._rescale)
+        bad = tuple(name for name, square in squares.items() if not math.isfinite(square))
+        return _Refused(port, bad) if self._finite and bad else port
 
     def _rescale(self, scale: float) -> None:
         self.scale = scale
@@ -102,12 +141,13 @@ class DeviceUpdates:
         if not self.apply:
             return
         names = self.owned[stage]
+        self.updated = True
         for name in names:
             gradient = sums.values.pop(name, None)
             if gradient is not None and self.scale != 1.0:
                 gradient = gradient * self.scale
             self._tensors[name].grad = gradient
-            if self.keep and gradient is not None:
+            if self._keep and gradient is not None:
                 self.latest[name] = gradient
         self.optimizers[stage].step()
         for name in names:
@@ -146,16 +186,51 @@ class DeviceUpdates:
                 group.update(settings)
 
 
+class Handover:
+    """Implements :class:`pipecompile.runtime.step.Updates` where the caller has the optimizer.
+
+    Gradients are copied to ``places`` (memory shared with the caller) where there are such.
+    """
+
+    def __init__(self, owned: Mapping[int, Sequence[str]], places: Mapping[str, torch.Tensor] | None = None) -> None:
+        self._owned, self._places = owned, places
+        self.updated = False
+        self.latest: dict[str, torch.Tensor] = {}
+
+    def begin(self) -> None:
+        """Forget the gradients of the step before."""
+        self.latest = {}
+
+    def norm(self, sums: Sums) -> Port:
+        """See ``Updates``: the caller may clip."""
+        return _Ready()
+
+    def update(self, stage: int, sums: Sums) -> None:
+        """See ``Updates``: hand over; a weight that nothing depended on has no gradient."""
+        for name in self._owned[stage]:
+            gradient = sums.values.pop(name, None)
+            if gradient is not None and self._places is not None:
+                gradient = self._places[name].copy_(gradient.to_dense())
+            if gradient is not None:
+                self.latest[name] = gradient
+
+
 class LocalBoard:
     """A board within one process."""
 
     def __init__(self, devices: Iterable[int]) -> None:
         self._devices = frozenset(devices)
         self._given: dict[int, float] = {}
+        self._abandoned = False
 
     def reset(self) -> None:
         """Before a step."""
         self._given.clear()
+        self._abandoned = False
+
+    def abandon(self) -> None:
+        """Let nobody wait for a device that will not come."""
+        self._abandoned = True
 
     def offer(self, device: int, squares: float) -> Port:
         """See ``Board``."""
@@ -163,12 +238,18 @@ class LocalBoard:
         return self
 
     def ready(self) -> bool:
-        """Whether all have given theirs."""
-        return len(self._given) == len(self._devices)
+        """Whether all have given theirs, or one never will."""
+        return self._abandoned or len(self._given) == len(self._devices)
 
     def take(self) -> float:
-        """The sum, in the order of the devices."""
+        """The sum, in the order of the devices.
+
+        Raises:
+            SampleFailed: if a device has failed.
+        """
+        if self._abandoned:
+            raise SampleFailed(-1)
         return sum(self._given[device] for device in sorted(self._given))
 
 
-__all__ = ["Board", "DeviceUpdates", "LocalBoard", "OptimizerFactory", "copies_kept"]
+__all__ = ["Board", "DeviceUpdates", "Handover", "LocalBoard", "OptimizerFactory", "copies_kept"]

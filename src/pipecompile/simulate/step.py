@@ -107,6 +107,9 @@ class _Step:
         """Let everyone run."""
         actors = [self._work(device) for device in self._program.devices]
         actors += [self._submit(edge) for edge in self._edges.values() if edge.source == HOST]
+        for edge in self._edges.values():
+            for sample in range(self._program.micro_batches if edge.target == HOST else 0):
+                self._engine.fire(self._moment("a slot for message", edge, sample))
         waiting = self._engine.run(*actors)
         if waiting:
             raise ProgramError(f"the step stops for ever, waiting for {'; for '.join(waiting)}: see what Verify says")
@@ -149,15 +152,19 @@ class _Step:
         if step.op is Op.REDUCE:
             return [edge for edge in into if edge.name == step.edge]
         if step.op is Op.FORWARD:
-            return [edge for edge in into if not edge.kind and not edge.backward]
+            return [edge for edge in into if edge.forward]
         return [edge for edge in into if edge.backward and step.op in (Op.BACKWARD, Op.BACKWARD_INPUT)]
 
     def _made_by(self, edge: Edge, op: Op) -> bool:
         return op in (Op.BACKWARD, Op.BACKWARD_INPUT) if edge.backward else op is Op.FORWARD
 
     def _submit(self, edge: Edge) -> Actor:
-        """The caller hands over all micro-batches as fast as there are slots, without cost."""
-        for sample in range(self._program.micro_batches):
+        """The caller hands over all messages as fast as there are slots, without cost; gradients after all results."""
+        count = self._program.micro_batches
+        for result in self._edges.values():
+            if edge.kind == "gradient" and result.target == HOST:
+                yield self._moment("message", result, count - 1)
+        for sample in range(count):
             yield self._moment("a slot for message", edge, sample)
             self._deliver(edge, sample)
 

@@ -231,6 +231,11 @@ class RingReceiver:
             self._slots[sample // self._stride % self._count].posted = clock()
         self._add()
 
+    def post_until(self, end: int) -> None:
+        """Offer every slot that is free for a message before ``end``."""
+        while self._posted < end and self._posted - self.sample < self.reach:
+            self.post(self._posted)
+
     def post_all(self) -> None:
         """Offer every slot there is."""
         for _ in range(self._count):
