@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,14 +12,15 @@ from torch import nn
 
 from pipecompile.clusters import make_cluster
 from pipecompile.eager import eager_models
+from pipecompile.errors import PlanError
 from pipecompile.infer_driver import Compiler, whole_rounds
-from pipecompile.ir.cluster import Cluster
+from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
 from pipecompile.ir.tree import flatten
 from pipecompile.options import Progress, silent
 from pipecompile.passes.lower import Lower
-from pipecompile.passes.partition import Partition
+from pipecompile.passes.partition import ObjectiveName, Partition, Size, with_memory
 from pipecompile.passes.trace import Trace
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.simulate import simulate
@@ -46,12 +47,14 @@ class Alternative:
 class Alternatives:
     """All of them, by number of devices, stages before replicas.
 
-    ``eager`` is the seconds the model itself takes on one thread.
+    ``eager`` is the seconds the model itself takes on one thread. ``refused`` are the numbers of
+    devices, fewer than asked for, with which no plan does what is asked, and why.
     """
 
     model: str
     eager: float
     each: tuple[Alternative, ...]
+    refused: Mapping[int, str] = field(default_factory=dict[int, str])
 
     @property
     def best(self) -> Alternative | None:
@@ -91,6 +94,10 @@ def alternatives(
     dynamic_shapes: Any | None = None,
     leaf: Sequence[str | type[nn.Module]] = (),
     ahead: int | None = None,
+    pin: Mapping[str, str | Sequence[str]] | None = None,
+    colocate: Sequence[str | Sequence[str]] = (),
+    objective: ObjectiveName | tuple[ObjectiveName, float] = "throughput",
+    memory: Size | Mapping[str, Size] | None = None,
     time_limit: float = 10.0,
     profile_seconds: float = 2.0,
     use_cache: bool = True,
@@ -108,8 +115,10 @@ def alternatives(
     tell = progress or silent
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
-    cluster = make_cluster(devices)
-    partition = Partition(len(cluster.devices), time_limit=time_limit)
+    cluster = with_memory(make_cluster(devices), memory)
+    partition = Partition(
+        len(cluster.devices), time_limit=time_limit, objective=objective, pin=pin or {}, colocate=colocate
+    )
     tell("trace", 0.0)
     with eager_models():
         traced = Trace(tuple(leaf), dynamic_shapes).apply(model, args, kwargs)
@@ -117,16 +126,24 @@ def alternatives(
     tell("profile", 0.2)
     profile = compiler.profile(use_cache)
     count = min(len(cluster.devices), max(1, len(traced.graph.layers)))
+    link = profile.link if cluster.link == Link() else cluster.link
     found: list[Alternative] = []
+    refused: dict[int, str] = {}
     for stages in range(1, count + 1):
         tell(f"{stages} stages" if stages > 1 else "1 stage", 0.4 + 0.6 * (stages - 1) / count)
-        part = replace(cluster, devices=cluster.devices[:stages], link=profile.link)
-        plans = [compiler.plan(profile, part)]
+        part = replace(cluster, devices=cluster.devices[:stages], link=link)
+        try:
+            plans = [compiler.plan(profile, part)]
+        except PlanError as error:
+            if stages == count:
+                raise
+            refused[stages] = str(error)
+            continue
         if stages > 1:
             plans += [p for p in [compiler.plan(profile, part, replicas=True)] if p.replicated]
         found += [_alternative(plan, compiler.program(plan), samples) for plan in plans]
     tell("done", 1.0)
-    return Alternatives(traced.graph.name, profile.total, tuple(found))
+    return Alternatives(traced.graph.name, profile.total, tuple(found), refused)
 
 
 def _alternative(plan: Plan, program: Program, samples: int) -> Alternative:

@@ -42,6 +42,59 @@ def test_plan_as_json(run: Run) -> None:
     assert data["best_stages"] in (0, 1, 2)
 
 
+def test_the_planner_is_steered_by_options(folder: Path, run: Run) -> None:
+    (folder / "lab.yaml").write_text('devices: [{name: "cpu:0", memory: 1 MiB}, {name: "cpu:1", speed: 0.5}]')
+    options = ("--pin", "0=cpu:1", "--colocate", "1,2", "--objective", "throughput:10", "--memory", "cpu:0=5MB")
+    status, out, err = run("plan", "nets:make", "--input", "2x12", "--cluster", "lab.yaml", *options, "--json")
+    assert status == 0, err
+    data = json.loads(out)
+    (found,) = (each["plan"] for each in data["alternatives"] if each["devices"] == 2)
+    cluster = found["cluster"]["devices"]
+    assert [device["speed"] for device in cluster] == [1.0, 0.5]
+    assert [device["memory"] for device in cluster] == [5e6, None]
+    placed = {layer: stage["device"] for stage in found["stages"] for layer in stage["layers"]}
+    assert found["layer_names"][0] == "0"
+    assert (placed[0], placed[1] == placed[2]) == (1, True)
+    assert "cpu:1" in data["refused"]["1"], "one device is not enough for the pin, which is said"
+
+
+def test_a_compiled_folder_follows_the_options(run: Run) -> None:
+    words = ("compile", "nets:make", "--input", "2x12", "-o", "net.pipe", "--pin", "0=cpu:0", "--pin", "[1234]=cpu:1")
+    status, out, err = run(*words, "--objective", "latency")
+    assert status == 0, err
+    rows = [line.replace("│", "|").split("|") for line in out.splitlines() if "cpu:" in line]
+    assert [(row[2].strip(), row[3].strip()) for row in rows] == [("cpu:0", "1"), ("cpu:1", "4")]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--pin", "0"], "--pin 0: write LAYERS=DEVICE"),
+        (["--pin", "0=cpu:0,"], "name the device after the ="),
+        (["--pin", "0=cpu:0", "--pin", "0=cpu:1"], "--pin 0=... is given twice"),
+        (["--pin", "9=cpu:0"], "no layer matches '9'"),
+        (["--pin", "0=cpu:7"], "no device 'cpu:7' to pin to"),
+        (["--colocate", "0,,1"], "--colocate 0,,1: name layers with commas"),
+        (["--objective", "speed"], "--objective speed: it is throughput or latency"),
+        (["--objective", "latency:soon"], "a number of seconds above 0"),
+        (["--objective", "latency:-1"], "a number of seconds above 0"),
+        (["--memory", "1GB", "--memory", "2GB"], "given twice for all devices: 1GB and 2GB"),
+        (["--memory", "1GB", "--memory", "cpu:0=2GB"], "--memory 1GB is for all devices, cpu:0 for some"),
+        (["--memory", "much"], "'much' is not a size in bytes"),
+        (["--memory", "cpu:5=1GB"], "no device 'cpu:5'"),
+        (["--memory", "100B"], "more than the largest device has (100)"),
+        (["--cluster", "nets.py"], "nets.py, line"),
+        (["--cluster", "lab.yaml"], "cannot read the cluster file lab.yaml"),
+        (["--cluster", "lab.yaml", "--devices", "2"], "--devices and --cluster both say"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_cannot_be_met_are_refused(words: list[str], said: str, run: Run) -> None:
+    status, _, err = run("compile", "nets:make", "--input", "2x12", *words)
+    assert (status, said in err) == (1, True), err
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipecompile.cli.compile import FACTORY_HELP, ahead_option, devices_option, input_option
-from pipecompile.cli.console import devices_of, ms, out, print_plan, progress
+from pipecompile.cli.compile import FACTORY_HELP, ahead_option, input_option
+from pipecompile.cli.console import ms, out, print_plan, progress
+from pipecompile.cli.planning import planning_options
 
 if TYPE_CHECKING:
     from pipecompile.alternatives import Alternatives
@@ -19,22 +20,26 @@ _HELP = f"""Say what compiling a model would decide, and what it would bring, be
 
 The model is traced and timed as by `compile`, and cut for one device, two, and so on up to
 --devices, and with copies of stages where that may be faster. Each cut is
-measured stage by stage and simulated. Nothing is written.
+measured stage by stage and simulated. Nothing is written. A number of devices with which pins or
+memory cannot be met is left out, and that is said.
 
 \b
 Examples:
   pipecompile plan mynet:Net --input 1x3x224x224
   pipecompile plan mynet:Net --input 1x3x224x224 --devices 4 --json
+  pipecompile plan mynet:Net --input 1x3x224x224 --cluster lab.yaml --pin 'head=cpu:1'
 """
 
 
 @click.command("plan", help=_HELP, short_help="Say what compiling would decide, beside every alternative.")
 @click.argument("factory")
 @input_option
-@devices_option
+@planning_options
 @ahead_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def plan_command(factory: str, inputs: tuple[str, ...], devices: str, ahead: int | None, as_json: bool) -> None:
+def plan_command(
+    factory: str, inputs: tuple[str, ...], planning: dict[str, Any], ahead: int | None, as_json: bool
+) -> None:
     """See ``_HELP``."""
     from pipecompile.cli.factory import draw, load_factory, parse
 
@@ -44,7 +49,7 @@ def plan_command(factory: str, inputs: tuple[str, ...], devices: str, ahead: int
     from pipecompile.alternatives import alternatives
 
     with progress() as tell:
-        found = alternatives(model, args, kwargs, devices=devices_of(devices), ahead=ahead, progress=tell)
+        found = alternatives(model, args, kwargs, ahead=ahead, progress=tell, **planning)
     if as_json:
         click.echo(json.dumps(_data(found), indent=1))
         return
@@ -72,6 +77,8 @@ def _print(found: Alternatives) -> None:
             style="bold" if each is best else None,
         )
     out().print(table)
+    for devices, why in found.refused.items():
+        click.echo(f"not with {devices} device{'s' * (devices > 1)}: {why}")
     click.echo(found.advice)
     click.echo(f"\nThe plan for {found.each[-1].plan.shape}:")
     print_plan(found.each[-1].plan)
@@ -84,6 +91,7 @@ def _data(found: Alternatives) -> dict[str, Any]:
         "model": found.model,
         "eager_seconds": found.eager,
         "advice": found.advice,
+        "refused": {str(devices): why for devices, why in found.refused.items()},
         "best_stages": len(found.best.plan.stages) if found.best is not None else 0,
         "alternatives": [
             {

@@ -16,7 +16,7 @@ from pipecompile.passes.partition.problem import (
     Value,
     Weight,
 )
-from pipecompile.passes.partition.requests import with_memory
+from pipecompile.passes.partition.requests import Size, with_memory
 from pipecompile.passes.partition.search import Solution, SolverName, solve
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Place",
     "Placement",
     "Problem",
+    "Size",
     "Solution",
     "SolverName",
     "Traffic",
