@@ -62,7 +62,7 @@ def test_keyword_inputs_and_random(folder: Path, run: Callable[..., tuple[int, s
         (["compile", "nets", "--input", "2x12"], "write MODULE:NAME"),
         (["compile", "nets:number", "--input", "2x12"], "nets:number is a int"),
         (["compile", "nets:needs", "--input", "2x12"], "cannot be called without arguments"),
-        (["compile", "nets:wrong", "--input", "2x12"], "returned a str"),
+        (["compile", "nets:wrong", "--input", "2x12"], "returned something of type str"),
         (["compile", "nets:make", "--input", "2,12"], "write sizes with x between them"),
         (["compile", "nets:make", "--input", "2x12:flaot32"], "did you mean 'float32'?"),
         (["compile", "nets:make", "--input", "2x13"], "shapes cannot be multiplied"),
