@@ -60,7 +60,7 @@ def test_keyword_inputs_and_random(folder: Path, run: Callable[..., tuple[int, s
         (["compile", "netz:make", "--input", "2x12"], "there is no module 'netz'"),
         (["compile", "other.py:make", "--input", "2x12"], "there is no file other.py"),
         (["compile", "nets", "--input", "2x12"], "write MODULE:NAME"),
-        (["compile", "nets:number", "--input", "2x12"], "nets:number is a int"),
+        (["compile", "nets:number", "--input", "2x12"], "nets:number is of type int"),
         (["compile", "nets:needs", "--input", "2x12"], "cannot be called without arguments"),
         (["compile", "nets:wrong", "--input", "2x12"], "returned something of type str"),
         (["compile", "nets:make", "--input", "2,12"], "write sizes with x between them"),

@@ -46,9 +46,16 @@ ahead_option = click.option("--ahead", type=int, help="Messages a stage receives
 @devices_option
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="The folder to write.  [default: NAME.pipe]")
 @ahead_option
+@click.option("--replicate", is_flag=True, help="Run copies of stages on several cores where that is faster.")
 @click.option("--name", help="Name the folder NAME.pipe when --output is not given.  [default: the factory's name]")
 def compile_command(
-    factory: str, inputs: tuple[str, ...], devices: str, output: Path | None, ahead: int | None, name: str | None
+    factory: str,
+    inputs: tuple[str, ...],
+    devices: str,
+    output: Path | None,
+    ahead: int | None,
+    replicate: bool,
+    name: str | None,
 ) -> None:
     """See ``_HELP``."""
     target = writable_folder(output or Path(f"{name or factory.rpartition(':')[2].rpartition('.')[2]}.pipe"))
@@ -61,7 +68,13 @@ def compile_command(
 
     with progress() as tell:
         pipe = pipecompile.compile(
-            model, example_inputs=args, example_kwargs=kwargs, devices=devices_of(devices), ahead=ahead, progress=tell
+            model,
+            example_inputs=args,
+            example_kwargs=kwargs,
+            devices=devices_of(devices),
+            ahead=ahead,
+            replicate=replicate,
+            progress=tell,
         )
     with pipe:
         written = pipe.save(target)
