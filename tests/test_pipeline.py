@@ -213,6 +213,8 @@ def test_options_of_the_other_mode_and_of_none() -> None:
         compiled(mlp(), torch.randn(2, 8), mode="train", loss_fn=nn.MSELoss())
     with pytest.raises(InputError, match="micro_batches: only mode='train' takes that"):
         compiled(mlp(), torch.randn(2, 8), micro_batches=2)
+    with pytest.raises(InputError, match="executor='thread' is neither 'process' nor 'inline'"):
+        compiled(mlp(), torch.randn(2, 8), executor="thread")
     with pytest.raises(TypeError, match="no option 'device'; did you mean 'devices'"):
         compiled(mlp(), torch.randn(2, 8), device=2)
 

@@ -77,7 +77,7 @@ class Alternatives:
             )
         gain, several = best.throughput * self.eager, len(best.plan.loads) > 1
         if len(best.plan.loads) == len(asked.plan.loads):
-            how = " Compile with replicate=True." if best.plan.replicated else ""
+            how = " Compile with replicate=True (--replicate)." if best.plan.replicated else ""
             return f"{best.plan.shape} are the fastest: {gain:.2f}x the samples a second of the model itself.{how}"
         return (
             f"{best.plan.shape} {'are' if several else 'is'} enough ({gain:.2f}x the model itself): "

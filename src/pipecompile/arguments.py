@@ -44,7 +44,15 @@ class Arguments:
         if self._one_tensor and not kwargs and len(args) == 1 and isinstance(args[0], torch.Tensor):
             return [args[0]]
         leaves, tree = flatten(self._normalise(tuple(args), kwargs))
-        self._same_structure(tree, self._tree, "the call")
+        (got, more), (want, keywords) = tree.children, self._tree.children
+        names = [*self._package.parameters[: len(want.children)], *keywords.keys]
+        if len(names) == len(want.children) + len(keywords.children):
+            for name, child, expected in zip(
+                names, (*got.children, *more.children), (*want.children, *keywords.children), strict=True
+            ):
+                self._same_structure(child, expected, f"argument {name!r}")
+        else:  # *args, whose parameters have no names
+            self._same_structure(tree, self._tree, "the call")
         return leaves
 
     def flat_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -156,6 +156,8 @@ def compile(
         InputError: if example inputs or options cannot be used.
     """
     check_options(mode, options)
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise InputError(f"compile() takes a model, got its class: give it {model.__name__}(...)")
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"compile() takes an nn.Module, got {type(model).__name__}: put it into a module's forward()")
     if isinstance(example_inputs, Mapping):

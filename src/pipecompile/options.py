@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from torch import nn
 
@@ -109,7 +109,7 @@ def check_options(mode: str, given: Mapping[str, Any]) -> None:
 
     Raises:
         PlanError: for an unknown mode.
-        InputError: naming the option, and the modes that take it.
+        InputError: naming the option, and the modes that take it; or for an unknown executor.
         TypeError: for an option of no mode.
     """
     if mode not in _OPTIONS:
@@ -124,6 +124,9 @@ def check_options(mode: str, given: Mapping[str, Any]) -> None:
     if strange:
         takes = _either(f"mode={m!r}" for m in dict.fromkeys(m for name in strange for m in takers[name]))
         raise InputError(f"{', '.join(strange)}: only {takes} takes that, this is mode={mode!r}")
+    executor = given.get("executor", "process")
+    if executor not in get_args(ExecutorName):
+        raise InputError(f"executor={executor!r} is neither {' nor '.join(map(repr, get_args(ExecutorName)))}")
     missing = sorted(_OPTIONS[mode].__required_keys__ - set(given))
     if missing:
         raise InputError(

@@ -134,6 +134,16 @@ def test_a_fork_sees_what_a_process_of_its_own_would(
     assert ended(forked) == ended(plain) == -signal.SIGKILL
 
 
+def test_a_search_path_as_python_takes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.setattr(sys, "path", [tmp_path, "", *sys.path])
+    monkeypatch.chdir(gone)
+    assert nursery._environment(1)["PYTHONPATH"].split(os.pathsep)[:2] == [str(gone), sys.path[2]]
+    gone.rmdir()
+    assert nursery._environment(1)["PYTHONPATH"].split(os.pathsep)[:2] == [os.sep, sys.path[2]]
+
+
 def test_forks_draw_random_numbers_of_their_own() -> None:
     body = "y = torch.rand(4, 6) + 0 * aten.mm.default(x, a)"
     drawn: list[torch.Tensor] = []

@@ -382,6 +382,17 @@ def test_abandoned_session_ends_its_workers() -> None:
     assert gone(pids)
 
 
+def test_after_the_crew_was_stopped_as_at_exit_nothing_touches_its_descriptors() -> None:
+    session = Session(two_stages(), weights())
+    session.submit(samples(1))
+    session._crew.stop()
+    assert session.closed
+    with pytest.raises(PipelineClosed):
+        session.result()
+    session.nudge()
+    session.close()
+
+
 def test_close_ends_waits_of_other_threads_may_be_repeated_and_is_final() -> None:
     session = Session(two_stages(), weights())
     pids = session.pids

@@ -104,6 +104,21 @@ def test_a_call_that_raises_leaves_the_pipeline_usable(lookups: pipecompile.Infe
     assert torch.equal(lookups(*good), eager(reference, [good])[0])
 
 
+def test_an_error_that_is_kept_does_not_keep_the_stream_whose_loop_it_ended(
+    lookups: pipecompile.InferencePipeline,
+) -> None:
+    bad, good = ids(1, (0,))[0], ids(2)[1]
+
+    def loop() -> None:
+        for _ in lookups.stream([good, bad, good]):
+            pass
+
+    with pytest.raises(StageError, match="sample 1") as kept:
+        loop()
+    assert torch.is_tensor(lookups(*good))
+    assert kept.tb is not None
+
+
 def test_failed_samples_can_be_skipped_or_returned(lookups: pipecompile.InferencePipeline) -> None:
     lookups.reset_state()
     xs = ids(9, (2,), (5, 8))

@@ -84,7 +84,8 @@ def load_factory(text: str) -> nn.Module:
     if isinstance(found, nn.Module):
         return found
     if not callable(found):
-        raise InputError(f"{text} is a {type(found).__name__}; expected a model, its class, or a function returning it")
+        kind = type(found).__name__
+        raise InputError(f"{text} is of type {kind}; expected a model, its class, or a function returning it")
     try:
         inspect.signature(found).bind()
     except TypeError as error:
@@ -100,7 +101,7 @@ def load_factory(text: str) -> nn.Module:
     except Exception as error:  # a user's factory may raise anything; a traceback of ours around it helps nobody
         raise InputError(f"{text}() raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
-        raise InputError(f"{text} returned a {type(model).__name__}; expected a torch.nn.Module")
+        raise InputError(f"{text} returned something of type {type(model).__name__}; expected a torch.nn.Module")
     return model
 
 

@@ -234,6 +234,11 @@ class Crew:
             return PipelineError(f"deadlock, every device waits: {where}")
         return None
 
+    @property
+    def stopped(self) -> bool:
+        """Whether its descriptors are closed, and their numbers may be other files by now."""
+        return self._stopped
+
     def kill(self) -> None:
         """Kill and reap what still runs."""
         if os.getpid() == self._owner:

@@ -84,9 +84,18 @@ def close() -> None:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    # Python passes over entries that are no strings, such as a Path; an empty one is the folder, if it still exists.
+    entries: list[object] = list(sys.path)
+    path = os.pathsep.join(entry or _folder() for entry in entries if isinstance(entry, str))
     count = str(threads)
     return {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "PYTHONPATH": path}
+
+
+def _folder() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return os.sep
 
 
 class _Server:

@@ -159,7 +159,8 @@ class Session:
     @property
     def closed(self) -> bool:
         """Whether it was closed or has failed."""
-        return self._closed
+        # The interpreter's exit stops the crew first, and iterators that are still about close after it.
+        return self._closed or self._crew.stopped
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -205,7 +206,7 @@ class Session:
         """Make a ``turn`` in another thread come back early, or else the next one."""
         with self._news.lock:
             # Never after _release: the number of a closed descriptor may be another file's by then.
-            if not self._closed:
+            if not self.closed:
                 os.eventfd_write(self._nudge, 1)
 
     @contextlib.contextmanager
@@ -215,7 +216,7 @@ class Session:
         for word in self._awake:
             word[0] = until
         with self._news.lock:
-            if not self._closed:
+            if not self.closed:
                 for fd in self._inner:
                     rouse(fd)
         try:
@@ -270,7 +271,7 @@ class Session:
         """End the stream, wait up to 5 s for samples in flight, stop the workers. May be repeated."""
         if os.getpid() != self._owner:
             return
-        if not self._closed:
+        if not self.closed:
             self._closed = True
             os.eventfd_write(self._wake, 1)
             with self._submitting, self._receiving, contextlib.suppress(PipecompileError):
@@ -284,10 +285,10 @@ class Session:
         self.close()
 
     def _check(self) -> None:
-        if self._closed or os.getpid() != self._owner:
+        if self.closed or os.getpid() != self._owner:
             if self._failure is not None:
                 raise PipelineClosed(f"the pipeline has failed: {self._failure}") from self._failure
-            if self._closed:
+            if self.closed:
                 raise PipelineClosed("the pipeline is closed")
             raise PipelineClosed(
                 f"the pipeline belongs to process {self._owner}, and this is a fork of it: "

@@ -25,14 +25,7 @@ class Stream(Iterator[Any]):
     """
 
     def __init__(self, engine: Engine, source: Iterable[Any], options: Options) -> None:
-        self._engine, self._options = engine, options
-        self._source: Iterable[Any] | None = source
-        self._feed: Feed | None = None
-        self._items: Iterator[Any] | None = None
-        self._reader: _Reader | None = None
-        self._waiting: Entry | None = None
-        self._slow = self._over = False
-        self._error: BaseException | None = None
+        self._run = _Run(engine, source, options)
 
     def __iter__(self) -> Stream:
         return self
@@ -45,6 +38,45 @@ class Stream(Iterator[Any]):
             Exception: what the source raised, after the results of all samples it gave.
             WorkerDied, WorkerHung, PipelineClosed: the pipeline is lost.
         """
+        run = self._run
+        # The frames of an error may be kept, as a notebook keeps those of the last one. They must not
+        # keep the iterator of a loop that the error ended: the pipeline would be busy with it for ever.
+        del self
+        return run.next()
+
+    def close(self) -> None:
+        """End the stream. What is inside is computed and its results dropped; the pipeline can be used again."""
+        self._run.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the stream."""
+        self.close()
+
+    def __del__(self) -> None:
+        """An iteration that was left early ends here."""
+        self.close()
+
+
+class _Run:
+    """What a stream does. Unlike its iterator it may be held by the frames of errors."""
+
+    def __init__(self, engine: Engine, source: Iterable[Any], options: Options) -> None:
+        self._engine, self._options = engine, options
+        self._source: Iterable[Any] | None = source
+        self._feed: Feed | None = None
+        self._items: Iterator[Any] | None = None
+        self._reader: _Reader | None = None
+        self._waiting: Entry | None = None
+        self._slow = self._over = False
+        self._error: BaseException | None = None
+
+    def next(self) -> Any:
+        """See :meth:`Stream.__next__`."""
         if self._over:
             raise StopIteration
         feed = self._feed or self._begin()
@@ -160,7 +192,7 @@ class Stream(Iterator[Any]):
             self._engine.guard(session.turn)
 
     def close(self) -> None:
-        """End the stream. What is inside is computed and its results dropped; the pipeline can be used again."""
+        """See :meth:`Stream.close`."""
         if self._over or self._engine.foreign:
             self._over = True
             return
@@ -210,19 +242,6 @@ class Stream(Iterator[Any]):
             self._engine.ledger.close(entry, "failed")
         _name(error, lost)
         self._engine.release()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """End the stream."""
-        self.close()
-
-    def __del__(self) -> None:
-        """An iteration that was left early ends here."""
-        self.close()
 
 
 class _Reader(threading.Thread):

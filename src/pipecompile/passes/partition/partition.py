@@ -112,7 +112,8 @@ class Partition:
         used = max(1, min(self.stages, groups // self.chunks))
         notes: list[str] = []
         if used < self.stages:
-            what = f"{len(graph.layers)} layers" if groups == len(graph.layers) else f"{groups} parts that can be parted"
+            count = len(graph.layers) if groups == len(graph.layers) else groups
+            what = f"{count} layer{'s' * (count != 1)}" if groups == len(graph.layers) else f"{count} parts that can be parted"
             notes.append(f"{self.stages} devices asked for, but the model has {what}: {used} used")
         kind, limit = self.objective if isinstance(self.objective, tuple) else (self.objective, inf)
         if kind not in ("throughput", "latency") or not limit > 0:
