@@ -2,12 +2,12 @@
 
     python -m bench.predict [--rounds 4] [--seconds 0.6] [--stages 2 3] [--half] [--models ...]
 
-The prediction is made when the pipeline is compiled, from stages timed alone, and written down
-before any sample runs through it. Cores are faster or slower from minute to minute, and slow each
-other down by more or less, so both are taken relative to eager: predicted period / profiled total
-against measured period / eager in the same turns. Eager is one thread on a core while a copy of it
-runs on every other core that the pipeline uses; the error against eager on a quiet machine, one
-thread and all other cores idle, stands beside it. Three forced cuts of each model (the chosen one
+The prediction is made when the pipeline is compiled, from stages timed alone and side by side in
+workers that exchange nothing, and written down before any sample runs through it. The machine is
+faster or slower from minute to minute, so both are taken relative to eager on one thread while all
+other cores idle: predicted period / the whole model timed in turns with the stages, against
+measured period / eager in the same turns. Beside it stands what would be predicted of stages timed
+alone, and how much copies of eager on two cores slow each other down. Three forced cuts of each model (the chosen one
 and the boundary moved by a sixth of the cost either way) are ranked by both. With ``--half`` a
 process that only burns time shares the last core, and the cluster says that device has half the
 speed; which speed it really had, by eager there against eager on the first core, is printed.
@@ -21,6 +21,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import islice, pairwise, repeat
 from typing import Any
 
@@ -33,6 +34,7 @@ import pipecompile
 from bench.models import MODELS, build
 from bench.processes import EagerProcess
 from bench.stream import stream_rate
+from pipecompile.simulate import simulate
 
 
 @contextmanager
@@ -68,6 +70,15 @@ def predicted(pipe: Any) -> float:
     return pipe.simulate(96).period / pipe.plan.total
 
 
+def predicted_alone(pipe: Any) -> float:
+    """The same from stages timed alone."""
+    plan = pipe.plan
+    stages = tuple(
+        replace(stage, measured=stage.measured if stage.alone is None else stage.alone) for stage in plan.stages
+    )
+    return simulate(pipe.program, replace(plan, stages=stages), plan.cluster.link, 96).period / plan.total
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,13 +89,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS)[:6])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    table = Table("model", "plan", "predicted", "measured", "error", "error, other cores idle")
+    table = Table("model", "plan", "predicted", "measured", "error", "error of stages alone")
     table.title = f"period / eager, {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores" + (
         ", the last at half speed" if options.half else ""
     )
     errors: list[float] = []
     alone_errors: list[float] = []
     speeds: list[float] = []
+    slowed: list[float] = []
     right = pairs = 0
     for name in options.models:
         model, example = build(name)
@@ -104,10 +116,10 @@ def main() -> None:
                     forced = pipecompile.compile(model, example, devices=first.plan.cluster, pin=cuts(first, share))
                     pipes[f"2 stages, boundary moved {share:+.2f}"] = stack.enter_context(forced)
             frozen = {plan: predicted(pipe) for plan, pipe in pipes.items()}
+            frozen_alone = {plan: predicted_alone(pipe) for plan, pipe in pipes.items()}
             if options.half:
                 stack.enter_context(burning(1))
             measured: dict[str, list[float]] = {plan: [] for plan in pipes}
-            against_alone: dict[str, list[float]] = {plan: [] for plan in pipes}
             for pipe in pipes.values():
                 list(pipe.stream(islice(repeat(example), 10)))
             for _ in range(options.rounds):
@@ -116,14 +128,12 @@ def main() -> None:
                     process.begin(options.seconds)
                 first_core, last_core = (process.rate() for process in eager)
                 speeds.append(last_core / first_core)
-                beside = first_core if options.half else (first_core + last_core) / 2
+                slowed.append(alone / first_core)
                 for plan, pipe in pipes.items():
-                    rate = stream_rate(pipe, example, options.seconds)
-                    measured[plan].append(beside / rate)
-                    against_alone[plan].append(alone / rate)
+                    measured[plan].append(alone / stream_rate(pipe, example, options.seconds))
         found = {plan: float(np.median(seen)) for plan, seen in measured.items()}
         for plan in pipes:
-            error, other = (frozen[plan] / np.median(seen[plan]) - 1 for seen in (measured, against_alone))
+            error, other = (said[plan] / found[plan] - 1 for said in (frozen, frozen_alone))
             errors.append(abs(error))
             alone_errors.append(abs(other))
             table.add_row(name, plan, f"{frozen[plan]:.3f}", f"{found[plan]:.3f}", f"{error:+.1%}", f"{other:+.1%}")
@@ -135,8 +145,10 @@ def main() -> None:
     console.print(table)
     console.print(
         f"error: median {np.median(errors):.1%}, worst {max(errors):.1%} "
-        f"({np.median(alone_errors):.1%}, {max(alone_errors):.1%} with the other cores idle); "
+        f"({np.median(alone_errors):.1%}, {max(alone_errors):.1%} from stages timed alone); "
         f"{right} of {pairs} neighbouring cuts ranked rightly; "
+        f"a copy of eager on each other core slows eager down {np.median(slowed):.2f} "
+        f"[{min(slowed):.2f}, {max(slowed):.2f}] times; "
         f"the last core had {np.median(speeds):.2f} [{min(speeds):.2f}, {max(speeds):.2f}] of the first one's speed"
     )
 

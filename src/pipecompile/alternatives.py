@@ -122,7 +122,8 @@ def alternatives(
     tell("trace", 0.0)
     with eager_models():
         traced = Trace(tuple(leaf), dynamic_shapes).apply(model, args, kwargs)
-    compiler = Compiler(traced, flatten((args, kwargs))[0], CpuMeasure(), Lower(ahead), partition, profile_seconds)
+    leaves = flatten((args, kwargs))[0]
+    compiler = Compiler(traced, leaves, CpuMeasure(), Lower(ahead), partition, profile_seconds, True)
     tell("profile", 0.2)
     profile = compiler.profile(use_cache)
     count = min(len(cluster.devices), max(1, len(traced.graph.layers)))

@@ -71,7 +71,8 @@ def compile_inference(
     tell("trace", 0.0)
     with eager_models():
         traced = Trace(tuple(leaf), dynamic_shapes).apply(model, args, kwargs)
-    compiler = Compiler(traced, flatten((args, kwargs))[0], CpuMeasure(), Lower(ahead), partition, profile_seconds)
+    measure, leaves = CpuMeasure(imports=imports), flatten((args, kwargs))[0]
+    compiler = Compiler(traced, leaves, measure, Lower(ahead), partition, profile_seconds, executor == "process")
     tell("profile", 0.3)
     profile = compiler.profile(use_cache)
     tell("partition", 0.6)
@@ -99,7 +100,7 @@ def compile_inference(
 
 @dataclass(frozen=True)
 class Compiler:
-    """The passes after trace, with what they share."""
+    """The passes after trace, with what they share. ``beside``: stages will run at once, and are timed so."""
 
     traced: Traced
     leaves: list[Any]
@@ -107,6 +108,7 @@ class Compiler:
     lower: Lower
     partition: Partition
     seconds: float
+    beside: bool = False
 
     def profile(self, use_cache: bool) -> Profile:
         """Measured, or from the cache."""
@@ -135,7 +137,7 @@ class Compiler:
         def cut(profile: Profile) -> Plan:
             return partition.apply(traced.graph, profile, cluster)
 
-        return Refine(budget=self.seconds / 4).apply(
+        return Refine(budget=self.seconds / 4, beside=self.beside).apply(
             traced.graph, traced.module, traced.tensors, self.leaves, profile, cut, self.program, self.measure
         )
 

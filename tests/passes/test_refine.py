@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipecompile.errors import PipelineError
 from pipecompile.infer_driver import Compiler
 from pipecompile.ir.cluster import Cluster, Device, Link
 from pipecompile.ir.measure import Job
@@ -32,6 +33,8 @@ class Machine:
     truth: tuple[float, ...]
     pace: float = 1.0
     rates: list[float] = field(default_factory=list[float])
+    factors: tuple[float, ...] = ()
+    cores: list[int | None] = field(default_factory=list[int | None])
 
     def functions(self, jobs: Sequence[Job], budget: float) -> list[float]:
         used = [{int(i) for i in re.findall(r"p_(\d+)_weight", job.source)} for job in jobs]
@@ -44,6 +47,12 @@ class Machine:
         self, packages: Sequence[Package], tensors: Mapping[str, torch.Tensor], leaves: Sequence[Any]
     ) -> list[float]:
         return self.rates
+
+    def slowdowns(self, jobs: Sequence[Job], cores: Sequence[int | None], budget: float) -> list[float]:
+        if not self.factors:
+            raise PipelineError("no workers here")
+        self.cores = list(cores)
+        return list(self.factors)
 
     def link(self) -> Link:
         return LINK
@@ -108,3 +117,27 @@ def test_stages_and_replicas_that_come_close_are_tried(
     plan = compiler.fastest(Profile(truth, sizes, LINK, sum(truth)), cluster(1.0, 1.0))
     assert sorted(len(stage.devices) for stage in plan.stages) == sorted(devices)
     assert said in plan.notes[-1]
+
+
+def test_stages_are_predicted_as_they_run_beside_each_other() -> None:
+    """The first stage works half as long as the second: it is in the second one's way half of the time."""
+    machine = Machine((4.0, 8.0), factors=(1.5, 1.25))
+    compiler, alone = refined((4.0, 8.0), machine, cluster(1.0, 1.0))
+    beside = replace(compiler, beside=True)
+    profile = Profile((4.0, 8.0), {name: 0 for name in compiler.traced.graph.values} | {"input": 16}, LINK, 12.0)
+    plan = beside.plan(profile, Cluster((Device("cpu:0", core=3), Device("cpu:1", core=5)), LINK))
+    assert machine.cores == [3, 5]
+    assert [stage.alone for stage in plan.stages] == pytest.approx([4.0, 8.0])
+    assert [stage.measured for stage in plan.stages] == pytest.approx([4.0 * 1.5, 8.0 * 1.125])
+    assert plan.slowest == pytest.approx(9.0)
+    assert plan.balance == pytest.approx(alone.balance), "which is no fault of the cut"
+    assert simulate(beside.program(plan), plan, LINK, 32).period == pytest.approx(9.0)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_without_workers_stages_stay_as_timed_alone() -> None:
+    compiler, _ = refined((1.0, 1.0), Machine((1.0, 1.0)), cluster(1.0, 1.0))
+    profile = Profile((1.0, 1.0), {name: 0 for name in compiler.traced.graph.values} | {"input": 16}, LINK, 2.0)
+    plan = replace(compiler, beside=True).plan(profile, cluster(1.0, 1.0))
+    assert [stage.measured for stage in plan.stages] == [1.0, 1.0]
+    assert plan.notes == ("stages were timed alone only, not side by side: no workers here",)

@@ -6,7 +6,9 @@ import os
 import pytest
 import torch
 
+from pipecompile.errors import PipelineError
 from pipecompile.ir.measure import Job
+from pipecompile.runtime import nursery
 from pipecompile.runtime.measure import CpuMeasure
 
 MODEL = """
@@ -26,6 +28,9 @@ def stage_0(counter):
     time.sleep(0.003)
 def quick():
     pass
+def counts(number):
+    assert not torch.is_grad_enabled() and torch.get_num_threads() == 1
+    sum(range(10_000 * number))
 def broken():
     raise ValueError("as asked")
 """
@@ -60,6 +65,21 @@ def test_functions_are_timed_in_turns() -> None:
     assert quick < slow
     assert slow >= 0.003
     assert counter == 0
+
+
+def test_jobs_that_run_at_once_leave_nothing_and_arguments_alone() -> None:
+    counter, broken = torch.zeros(()), Job(MODEL, "broken", [])
+    job = Job(MODEL, "stage_0", [counter])
+    nursery.prepare()
+    before = len(os.listdir("/proc/self/fd"))
+    factors = CpuMeasure().slowdowns([job, job, Job(MODEL, "counts", [2])], [0, 0, None], 0.02)
+    assert len(factors) == 3
+    assert all(1 <= factor < 1000 for factor in factors)
+    assert counter == 0
+    with pytest.raises(PipelineError, match=r"could not be run in a worker.*ValueError: as asked"):
+        CpuMeasure().slowdowns([job, broken], [0, 0], 0.02)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_settings_come_back_after_an_error() -> None:

@@ -52,6 +52,17 @@ class Measure(Protocol):
         """
         ...
 
+    def slowdowns(self, jobs: Sequence[Job], cores: Sequence[int | None], budget: float) -> list[float]:
+        """By what factor each job takes longer while all of them run at once, each on its core (None: on any).
+
+        Each loops in a process of its own for about ``budget`` seconds alone and as long beside the
+        others. Jobs that share a core are compared by their time on the processor.
+
+        Raises:
+            PipecompileError: if workers cannot be had.
+        """
+        ...
+
     def link(self) -> Link:
         """Latency and bandwidth of the channel between two devices, as busy time of one end."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipecompile.ir.cluster import Cluster
@@ -14,8 +14,9 @@ class Stage:
 
     ``seconds`` is the predicted compute per sample, ``transfer`` the predicted time spent
     receiving and sending that computing does not hide; ``measured`` the compute of the finished
-    stage timed alone, once known, on a device of this speed. ``replicas`` are further devices with a copy of the stage:
-    samples are dealt to ``device`` and them in turn.
+    stage, once known, on a device of this speed: in a pipeline, so timed while the other stages
+    computed, too, where that was measured; ``alone`` the same with all other cores idle.
+    ``replicas`` are further devices with a copy of the stage: samples are dealt to ``device`` and them in turn.
     """
 
     index: int
@@ -25,6 +26,7 @@ class Stage:
     transfer: float = 0.0
     measured: float | None = None
     replicas: tuple[int, ...] = ()
+    alone: float | None = None
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -94,7 +96,13 @@ class Plan:
 
     @property
     def balance(self) -> float:
-        """(total / devices) / busiest device: 1.0 is a perfect split."""
+        """(total / devices) / busiest device: 1.0 is a perfect split.
+
+        Total and stages are compared as they are alone: that cores slow each other down is no fault of the cut.
+        """
+        if any(stage.alone is not None for stage in self.stages):
+            alone = (replace(s, measured=s.measured if s.alone is None else s.alone, alone=None) for s in self.stages)
+            return replace(self, stages=tuple(alone)).balance
         return self.total / len(self.loads) / self.slowest if self.slowest else 1.0
 
     def to_json(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Refine: time each finished stage alone, and cut again where the prediction was off."""
+"""Refine: time each finished stage, cut again where the prediction was off, and see what stages cost each other."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from pipecompile.errors import PipecompileError
 from pipecompile.ir.graph import ModelGraph
 from pipecompile.ir.measure import Job, Measure
-from pipecompile.ir.plan import Plan
+from pipecompile.ir.plan import Plan, Stage
 from pipecompile.ir.profile import Profile
 from pipecompile.ir.program import Program
 from pipecompile.passes.codegen import Codegen, stage_state
@@ -31,11 +33,14 @@ class Refine:
     timing one stage. The whole model is timed in turns with the stages and all comparisons are
     relative to it, so that a machine that changes its speed moves no cut. Stages are timed on the
     device the profile was taken on; on one of another speed they are taken to need that much longer.
+    With ``beside``, the stages of the plan kept also run all at once, and what they slow each other
+    down by is part of their measured times.
     """
 
     tolerance: float = 0.10
     rounds: int = 3
     budget: float = 0.5
+    beside: bool = False
 
     def apply(
         self,
@@ -74,7 +79,40 @@ class Refine:
         if len(plans) > 1:
             note = f"cut {len(plans)} times by timing the finished stages: balance {plans[0].balance:.3f} at first, "
             best = replace(best, notes=(*best.notes, note + f"{best.balance:.3f} in the plan kept"))
+        if self.beside and len(best.loads) > 1:
+            jobs = self._jobs(graph, module, tensors, leaves, best, lower(best))
+            try:
+                best = self._side_by_side(best, jobs, measure)
+            except PipecompileError as error:
+                best = replace(best, notes=(*best.notes, f"stages were timed alone only, not side by side: {error}"))
         return best
+
+    def _side_by_side(self, plan: Plan, jobs: Sequence[Job], measure: Measure) -> Plan:
+        """The plan with its stages' times as they are while the others compute.
+
+        Measured is what stages that never pause cost each other. In a pipeline a stage waits for the
+        slowest, and is in nobody's way meanwhile.
+        """
+        placed = [(stage, device) for stage in plan.stages for device in stage.devices]
+        cores = {device: plan.cluster.devices[device].core for _, device in placed}
+        factors = measure.slowdowns(
+            [jobs[stage.index] for stage, _ in placed], [cores[device] for _, device in placed], self.budget
+        )
+        loads: defaultdict[Any, float] = defaultdict(float)
+        for device, load in plan.loads.items():
+            loads[_place(device, cores)] += load
+        period = max(loads.values())
+        stages: list[Stage] = []
+        for stage in plan.stages:
+            alone = stage.seconds if stage.measured is None else stage.measured
+            longer: list[float] = []
+            for (other, device), factor in zip(placed, factors, strict=True):
+                if other is stage:
+                    # How much of the time the other cores compute.
+                    busy = [load / period for place, load in loads.items() if place != _place(device, cores)]
+                    longer.append(1 + (factor - 1) * (sum(busy) / len(busy) if busy and period else 0.0))
+            stages.append(replace(stage, alone=alone, measured=alone * sum(longer) / len(longer)))
+        return replace(plan, stages=tuple(stages))
 
     def _jobs(
         self,
@@ -103,3 +141,9 @@ class Refine:
             with torch.no_grad():
                 values.update(zip(makes, namespace["stage"](*copies(arguments)), strict=True))
         return jobs
+
+
+def _place(device: int, cores: Mapping[int, int | None]) -> tuple[str, int]:
+    """The core a device shares with others, or itself where it has none."""
+    core = cores[device]
+    return ("device", device) if core is None else ("core", core)

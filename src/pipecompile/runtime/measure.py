@@ -21,6 +21,7 @@ from pipecompile.ir.measure import Job
 from pipecompile.ir.package import Package
 from pipecompile.ir.program import Edge
 from pipecompile.runtime.allocator import keeping
+from pipecompile.runtime.beside import slowdowns
 from pipecompile.runtime.channels.shared_memory import SharedEdge
 from pipecompile.runtime.module import execute
 from pipecompile.runtime.numerics import stage_mode
@@ -48,11 +49,12 @@ while count > 0:
 class CpuMeasure:
     """Implements :class:`pipecompile.ir.measure.Measure` in the caller's process, on one core.
 
-    ``core`` is the one to measure on; by default the last this process may use.
+    ``core`` is the one to measure on; by default the last this process may use. ``imports`` are modules that
+    workers need.
     """
 
-    def __init__(self, core: int | None = None, threads: int = 1) -> None:
-        self._core, self._threads = core, threads
+    def __init__(self, core: int | None = None, threads: int = 1, imports: Sequence[str] = ()) -> None:
+        self._core, self._threads, self._imports = core, threads, imports
 
     def layers(
         self, source: str, arguments: Sequence[Any], marks: int, budget: float
@@ -101,6 +103,10 @@ class CpuMeasure:
     ) -> list[float]:
         """Samples a second of each package in workers. See ``Measure``."""
         return stream_rates(packages, tensors, leaves)
+
+    def slowdowns(self, jobs: Sequence[Job], cores: Sequence[int | None], budget: float) -> list[float]:
+        """What jobs that run at once cost each other. See ``Measure``."""
+        return slowdowns(jobs, cores, budget, self._imports)
 
     def link(self) -> Link:
         """Busy time of a sender's end, from messages of 4 KiB and 4 MiB to another process.

@@ -36,7 +36,7 @@ def stream_rates(
         PipelineError: if a worker does not start or is lost.
         PipecompileError: if the weights cannot be shared.
     """
-    private = _apart(tensors)
+    private = apart(tensors)
     found: list[list[float]] = [[] for _ in packages]
     with ExitStack() as stack:
         sessions: list[Session] = []
@@ -77,7 +77,7 @@ def _rate(session: Executor, leaves: Sequence[Any], seconds: float, round: int) 
     return count / max(steady[count] - steady[0], 1e-9)
 
 
-def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copies that share storages among themselves as the originals do, for as long as the trial lasts."""
     storages: dict[int, torch.UntypedStorage] = {}
     found: dict[str, torch.Tensor] = {}
@@ -90,4 +90,4 @@ def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-__all__ = ["stream_rates"]
+__all__ = ["apart", "stream_rates"]

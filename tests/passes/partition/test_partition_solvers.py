@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import partition_oracles as oracles
@@ -81,6 +83,18 @@ def test_a_solver_that_overruns_is_killed_with_its_children(tmp_path: Path, monk
         engine.solve("highs", model(oracles.diamond()), None, 0.5, 0.0)
     state = subprocess.run(["ps", "-o", "stat=", "-p", note.read_text()], capture_output=True, text=True, check=False)
     assert state.stdout.strip() in ("", "Z")
+
+
+def test_an_answer_that_is_there_counts_though_this_process_was_stopped_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(solvers, "GRACE", 0.0)
+    wait = select.select
+    with Engine() as engine:
+        engine.solve("highs", model(oracles.diamond()), None, 60.0, 0.0)
+        # Each wait ends 0.5 s late, after the limit of 0.4 s: so does the one in which the request is handed over.
+        monkeypatch.setattr(solvers.select, "select", lambda *given: (time.sleep(0.5), wait(*given))[1])
+        assert engine.solve("highs", model(oracles.diamond()), None, 0.4, 0.0).values is not None
 
 
 def test_a_solver_that_dies_is_named_with_its_signal(tmp_path: Path) -> None:

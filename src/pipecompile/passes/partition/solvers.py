@@ -107,10 +107,11 @@ class Engine:
         sink, source = process.stdin.fileno(), process.stdout.fileno()
         try:
             while True:
+                # Looked at once more after the deadline: this process itself may have been stopped meanwhile.
                 left = deadline - time.monotonic()
-                if left <= 0:
+                ready, writable, _ = select.select([source], [sink] if data else [], [], max(0.0, left))
+                if not ready and left <= 0:
                     raise SolverFailed(f"still busy {GRACE:g} s after its limit of {seconds:.3g} s: killed")
-                ready, writable, _ = select.select([source], [sink] if data else [], [], left)
                 if writable:
                     data = data[os.write(sink, data) :]
                 if ready:
