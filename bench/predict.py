@@ -89,9 +89,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS)[:6])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    table = Table("model", "plan", "predicted", "measured", "error", "error of stages alone")
-    table.title = f"period / eager, {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores" + (
-        ", the last at half speed" if options.half else ""
+    console = Console(width=120)
+    console.print(
+        f"period / eager, {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores"
+        + (", the last at half speed" if options.half else "")
     )
     errors: list[float] = []
     alone_errors: list[float] = []
@@ -100,6 +101,7 @@ def main() -> None:
     right = pairs = 0
     for name in options.models:
         model, example = build(name)
+        table = Table(name, "predicted", "measured", "error", "error of stages alone")
         with ExitStack() as stack:
             eager = [stack.enter_context(EagerProcess(name, [core], 1)) for core in (0, 1)]
             pipes: dict[str, Any] = {}
@@ -136,13 +138,12 @@ def main() -> None:
             error, other = (said[plan] / found[plan] - 1 for said in (frozen, frozen_alone))
             errors.append(abs(error))
             alone_errors.append(abs(other))
-            table.add_row(name, plan, f"{frozen[plan]:.3f}", f"{found[plan]:.3f}", f"{error:+.1%}", f"{other:+.1%}")
+            table.add_row(plan, f"{frozen[plan]:.3f}", f"{found[plan]:.3f}", f"{error:+.1%}", f"{other:+.1%}")
+        console.print(table)
         two = sorted((plan for plan in pipes if plan.startswith("2")), key=frozen.__getitem__)
         pairs += len(two) - 1
         # Predictions closer than the noise of the measurement rank nothing.
         right += sum(found[a] <= found[b] * 1.02 for a, b in pairwise(two))
-    console = Console(width=120)
-    console.print(table)
     console.print(
         f"error: median {np.median(errors):.1%}, worst {max(errors):.1%} "
         f"({np.median(alone_errors):.1%}, {max(alone_errors):.1%} from stages timed alone); "

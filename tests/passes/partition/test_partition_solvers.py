@@ -131,6 +131,21 @@ def test_a_missing_package_falls_back_and_says_so(tmp_path: Path, monkeypatch: p
     assert solution.notes == ("solver highs failed: ImportError: no such solver here",)
 
 
+@pytest.mark.usefixtures("without_downsets")
+def test_a_solver_that_dies_while_it_solves_is_replaced_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, text = tmp_path / "engine.py", solvers.ENGINE.read_text()
+    dying = text.replace("    begun = time.monotonic()\n", "    os.kill(os.getpid(), 11)\n    begun = time.monotonic()\n")
+    assert dying.count("os.kill") == 1
+    engine.write_text(dying)
+    monkeypatch.setattr(solvers, "ENGINE", engine)
+    solution = solve(oracles.diamond(), gap=0.0)
+    assert (solution.solver, solution.objective) == ("cbc", pytest.approx(10.0))
+    assert solution.bound == pytest.approx(10.0, rel=3e-6)
+    assert solution.notes == (f"solver highs failed: its process died (signal {int(signal.SIGSEGV)})",)
+
+
 def fake(answer: Answer) -> object:
     return lambda *_: answer
 
