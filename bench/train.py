@@ -66,7 +66,7 @@ def _gpt() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], Batch]] = {
-    "resnet18 b16": lambda: (_Head(_resnet()[0]), torch.randn(16, 3, 112, 112), torch.randint(10, (16,))),
+    "resnet18 b16": lambda: (_Head(_resnet()[0]), torch.randn(16, 3, 112, 112), torch.randint(2, (16,))),
     "conv chain 30 b16": lambda: (_Head(_Conv(30, 32)), torch.randn(16, 3, 32, 32), torch.randint(10, (16,))),
     "mlp 16x1024 b256": lambda: (_Head(_mlp(16, 1024)[0]), torch.randn(256, 1024), torch.randint(10, (256,))),
     "unet 64px b16": lambda: (_Head(_UNet()), torch.randn(16, 3, 64, 64), torch.randint(2, (16,))),

@@ -44,10 +44,16 @@ def original(net: models.Net, value: torch.Tensor) -> torch.Tensor:
 
 def eager(net: nn.Module, value: torch.Tensor, said: str) -> torch.Tensor:
     """Call, and see that it says why it runs eager; a second time it says nothing."""
-    with pytest.warns(PipecompileWarning, match=said):
+    with pytest.warns(PipecompileWarning, match=said) as warned:
         result = net(value)
+    assert warned[0].filename == __file__, "it points at the line that called"
     net(value)  # warnings are errors here, so a second one would raise
     return result
+
+
+def test_a_call_the_model_refuses_raises_what_the_model_raises() -> None:
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        models.Net()(torch.randn(2, 7))
 
 
 def test_the_first_call_compiles_and_gives_what_the_model_gives() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import itertools
 import os
 import threading
@@ -18,7 +19,7 @@ from torch import nn
 from pipecompile import driver
 from pipecompile.arguments import Arguments
 from pipecompile.eager import eager_models
-from pipecompile.errors import InputError, PipecompileWarning
+from pipecompile.errors import ExampleError, InputError, PipecompileWarning
 from pipecompile.guards import Guards, plain
 from pipecompile.inference import InferencePipeline
 from pipecompile.ir.sample import Sample
@@ -178,7 +179,11 @@ class Decorated:
                     f"{self._name} is compiled again for another form of call ({trouble}). At most "
                     f"{self._options.max_pipelines} forms are kept; dynamic_shapes= makes one pipeline for many sizes",
                 )
-            return self._compile(args, kwargs)
+            try:
+                return self._compile(args, kwargs)
+            except ExampleError as error:
+                # A call the model refuses: its callers expect the model's own error.
+                raise error.__cause__ or error from None
 
     def _compile(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> InferencePipeline:
         model = self._model()
@@ -202,7 +207,15 @@ class Decorated:
     def _say(self, kind: str, text: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(text, PipecompileWarning, stacklevel=6)
+            warnings.warn(text, PipecompileWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """The ``stacklevel`` of the first frame that is neither ours nor torch's, seen from our caller."""
+    level, frame = 0, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("pipecompile", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class _Peeked:

@@ -14,6 +14,10 @@ class TraceError(PipecompileError):
     """The model could not be captured, or the captured graph does not behave like the model."""
 
 
+class ExampleError(TraceError):
+    """The model itself raises on the example inputs; ``__cause__`` is what it raised."""
+
+
 class PlanError(PipecompileError):
     """No plan satisfies the request (devices, pins, memory)."""
 

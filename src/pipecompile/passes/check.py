@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from pipecompile.errors import InputError, TraceError
+from pipecompile.errors import ExampleError, InputError, TraceError
 from pipecompile.ir.tree import Tree, flatten, unflatten
 from pipecompile.passes.capture import module_of, source_of
 from pipecompile.passes.keep import state_kept
@@ -32,7 +32,7 @@ def run_once(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     """The flat result of the eager model on copies of the examples; buffers are put back.
 
     Raises:
-        TraceError: if the model fails on its own example inputs.
+        ExampleError: if the model fails on its own example inputs.
     """
     with exact(model), state_kept(model):
         inputs, keywords = _fresh(tuple(args)), _fresh(dict(kwargs))
@@ -40,7 +40,7 @@ def run_once(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
             result = model(*inputs, **keywords)
         except Exception as error:  # user code may raise anything
             reason = str(error).strip() or type(error).__name__
-            raise TraceError(
+            raise ExampleError(
                 f"{type(model).__name__} fails in plain PyTorch on the example inputs: {type(error).__name__}: {reason}"
             ) from error
         try:

@@ -25,6 +25,8 @@ from pipecompile.runtime.allocator import ENVIRONMENT
 from pipecompile.runtime.lifeline import born_here
 from pipecompile.runtime.process import Forked, Process
 
+#: Servers that ended before their first fork until there are no more.
+_TRIES = 2
 _START_SECONDS = 60.0
 _END_SECONDS = 2.0
 
@@ -176,7 +178,7 @@ class _Nursery:
         self._lock = threading.Lock()
         self._server: _Server | None = None
         self._dismissed: list[_Server] = []
-        self._given_up = ""
+        self._given_up, self._failures = "", 0
         self._said: set[str] = set()
 
     def say(self, reason: str) -> None:
@@ -201,10 +203,12 @@ class _Nursery:
                 try:
                     return server.fork(request, [*here, *fds])
                 except _CannotFork as reason:
-                    # Another may fare better than one that has forked and was killed, or was dismissed meanwhile.
+                    # Another may fare better than one that was killed from outside, or dismissed meanwhile.
                     if self._dismiss(server) and not server.proved:
-                        self._given_up = str(reason)
-                        raise
+                        self._failures += 1
+                        if self._failures == _TRIES:
+                            self._given_up = str(reason)
+                            raise
 
     def present(self, environment: dict[str, str]) -> _Server:
         """The server, started or replaced where necessary.
