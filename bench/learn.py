@@ -8,7 +8,7 @@ candidates take turns in every round. The control is two independent one-thread 
 learning sample by sample, against one: what this machine's two cores are worth in that minute.
 Reported is speed-up / (control x balance), with a bootstrap interval.
 
-With ``--emulate`` the layers of A (at 32 pixels) are replaced by waits as long as they were measured to take, and
+With ``--emulate`` the layers of A (at 64 pixels) are replaced by waits as long as they were measured to take, and
 the chain runs on so many devices through the real modules and channels; the limit is the time of
 all layers by that of the slowest stage.
 """
@@ -197,7 +197,7 @@ def emulate(devices: list[int], rules: list[str], rounds: int, seconds: float, p
     """The layers of A as waits, on as many devices as asked for."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    waits = lengths(convolutions(30, 32, 5), torch.randn(1, 3, 32, 32))
+    waits = lengths(convolutions(30, 32, 5), torch.randn(1, 3, 64, 64))
 
     def lesson() -> Lesson:
         torch.manual_seed(0)
