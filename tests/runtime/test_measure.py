@@ -31,6 +31,12 @@ def quick():
 def counts(number):
     assert not torch.is_grad_enabled() and torch.get_num_threads() == 1
     sum(range(10_000 * number))
+def cached(cache, at):
+    cache[at] = 1.0
+    at.add_(1)
+def model_cached(clock, cache, at):
+    cached(cache, at)
+    clock(0)
 def broken():
     raise ValueError("as asked")
 """
@@ -38,6 +44,17 @@ def broken():
 
 def arguments() -> list[torch.Tensor]:
     return [torch.ones(2, 2, requires_grad=True), torch.zeros(()), torch.ones(2, 2)]
+
+
+def test_every_run_finds_the_state_as_it_was() -> None:
+    """Else a cache of two entries would be full after two runs."""
+    cache, at = torch.zeros(2), torch.zeros((), dtype=torch.int64)
+    source = MODEL.replace("def model(", "def unused(").replace("model_cached", "model")
+    assert CpuMeasure().layers(source, [cache, at], 1, 0.01)[2] >= 3
+    job = Job(MODEL, "cached", [cache, at])
+    assert CpuMeasure().functions([job], 0.01)[0] > 0.0
+    assert CpuMeasure().slowdowns([job], [None], 0.01)[0] >= 1.0
+    assert (int(at), cache.tolist()) == (0, [0.0, 0.0])
 
 
 def test_layers_are_timed_in_place_and_arguments_left_alone() -> None:

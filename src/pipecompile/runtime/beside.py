@@ -25,6 +25,7 @@ from pipecompile.runtime.arena import adopt, open_state
 from pipecompile.runtime.module import execute
 from pipecompile.runtime.step_worker import main
 from pipecompile.runtime.trial import apart
+from pipecompile.runtime.untouched import Untouched
 
 #: Turns alone and together; runs of the slowest job that a window has room for; of each job at least.
 TURNS, ROOM, FEWEST = 4, 6, 3
@@ -107,8 +108,9 @@ class Looping:
         for place, tensor in zip(self.shared, open_state(self.arenas, self.entries), strict=True):
             arguments[place] = tensor
         run = execute(self.source, "<measured stage>")[self.function]
+        untouched = Untouched(arguments)
         run(*arguments)
-        return _Loop(run, arguments)
+        return _Loop(run, arguments, untouched)
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class _Loop:
 
     run: Callable[..., Any]
     arguments: Sequence[Any]
+    untouched: Untouched
 
     def answer(self, message: tuple[float, float, bool]) -> float:
         """Median seconds of runs from one moment to another, on the clock or on the processor."""
@@ -125,6 +128,7 @@ class _Loop:
         time.sleep(max(0.0, start - time.monotonic()))
         times: list[float] = []
         while len(times) < FEWEST or time.monotonic() < stop:
+            self.untouched.restore()
             begin = clock()
             self.run(*self.arguments)
             times.append(clock() - begin)

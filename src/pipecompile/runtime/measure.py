@@ -26,6 +26,7 @@ from pipecompile.runtime.channels.shared_memory import SharedEdge
 from pipecompile.runtime.module import execute
 from pipecompile.runtime.numerics import stage_mode
 from pipecompile.runtime.trial import stream_rates
+from pipecompile.runtime.untouched import Untouched
 
 _WARM_UP = 2
 _MIN_REPEATS = 3
@@ -69,15 +70,19 @@ class CpuMeasure:
 
         runs: list[list[float]] = []
 
+        untouched = Untouched(arguments)
+
         def once() -> float:
+            untouched.restore()
             begin = now()
             model(clock, *arguments)
             whole = now() - begin
             runs.append([end - start for start, end in zip([begin, *stamps], stamps, strict=False)])
             return whole
 
-        with self._quiet(arguments):
+        with self._quiet():
             wholes = _repeat(once, budget)
+        untouched.restore()
         timed = runs[-len(wholes) :]
         return (
             [statistics.median(column) for column in zip(*timed, strict=True)],
@@ -87,15 +92,21 @@ class CpuMeasure:
 
     def functions(self, jobs: Sequence[Job], budget: float) -> list[float]:
         """Seconds of each job. See ``Measure``."""
-        runs = [_timed(execute(job.source, "<measured stage>")[job.function], job.arguments) for job in jobs]
+        untouched = [Untouched(job.arguments) for job in jobs]
+        runs = [
+            _timed(execute(job.source, "<measured stage>")[job.function], job.arguments, found)
+            for job, found in zip(jobs, untouched, strict=True)
+        ]
         times: list[list[float]] = [[] for _ in jobs]
-        with self._quiet([argument for job in jobs for argument in job.arguments]):
+        with self._quiet():
             deadline = time.perf_counter() + budget * len(jobs)
             for turn in range(_TURNS):
                 if turn and time.perf_counter() > deadline:
                     break
                 for once, seen in zip(runs, times, strict=True):
                     seen += _repeat(once, budget / _TURNS)
+        for found in untouched:
+            found.restore()
         return [_undisturbed(seen) for seen in times]
 
     def streams(
@@ -116,7 +127,7 @@ class CpuMeasure:
         """
         small, large = 1 << 12, 1 << 22
         try:
-            with self._quiet(()):
+            with self._quiet():
                 low, high = _busy(small, 300), _busy(large, 40)
         except (OSError, TimeoutError, AttributeError):
             return Link()
@@ -124,10 +135,8 @@ class CpuMeasure:
         return Link(latency=max(low - slope * small, 1e-6), bandwidth=1.0 / slope)
 
     @contextlib.contextmanager
-    def _quiet(self, arguments: Sequence[Any]) -> Generator[None]:
-        """One core, few threads, no collections; the arguments are left as they were found."""
-        kept = [(a, a.clone()) for a in arguments if isinstance(a, torch.Tensor) and not a.requires_grad]
-        versions = [_version(tensor) for tensor, _ in kept]
+    def _quiet(self) -> Generator[None]:
+        """One core, few threads, no collections."""
         collecting = gc.isenabled()
         with stage_mode(self._threads), self._pinned(), keeping():
             gc.disable()
@@ -136,9 +145,6 @@ class CpuMeasure:
             finally:
                 if collecting:
                     gc.enable()
-                for (tensor, copy), version in zip(kept, versions, strict=True):
-                    if _version(tensor) != version:
-                        tensor.copy_(copy)
 
     @contextlib.contextmanager
     def _pinned(self) -> Generator[None]:
@@ -154,14 +160,11 @@ class CpuMeasure:
             os.sched_setaffinity(0, before)
 
 
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _timed(run: Callable[..., Any], arguments: Sequence[Any]) -> Callable[[], float]:
+def _timed(run: Callable[..., Any], arguments: Sequence[Any], untouched: Untouched) -> Callable[[], float]:
     now = time.perf_counter
 
     def once() -> float:
+        untouched.restore()
         begin = now()
         run(*arguments)
         return now() - begin
