@@ -24,7 +24,7 @@ from pipecompile.runtime.executor import bounds
 from pipecompile.runtime.learn import LearnOptions
 from pipecompile.runtime.learn_device import LearnBoot, unpacked_parts
 from pipecompile.runtime.learn_host import LearnHost
-from pipecompile.runtime.process_step import Worker
+from pipecompile.runtime.step_crew import Crew, Worker
 
 _START_SECONDS = 60.0
 _HANG_SECONDS, _HANG_FACTOR = 5.0, 10.0
@@ -52,7 +52,7 @@ class ProcessLearner:
     ) -> None:
         self._learn, self._closed = learn, "it never started"
         self._weights = adopt(dict(weights))
-        self._crew = crew = _Crew()
+        self._crew = crew = Crew()
         self._finalizer = weakref.finalize(self, crew.stop)
         planned = max(stage.load for stage in learn.package.plan.stages)
         self._limit = max(_HANG_SECONDS, _HANG_FACTOR * planned) if hang_seconds is None else hang_seconds
@@ -252,25 +252,6 @@ class ProcessLearner:
     def _check(self) -> None:
         if self._closed or os.getpid() != self._crew.owner:
             raise PipelineClosed(f"this pipeline cannot be used any more: {self._closed or 'another process owns it'}")
-
-
-class _Crew:
-    """What has to be gone afterwards. Knows nothing of the learner."""
-
-    def __init__(self) -> None:
-        self.workers: list[Worker] = []
-        self.fds: list[int] = []
-        self.owner = os.getpid()
-
-    def stop(self) -> None:
-        """Kill, reap, close. May be repeated; does nothing in a fork."""
-        if os.getpid() != self.owner:
-            return
-        for worker in self.workers:
-            worker.stop()
-        for fd in self.fds:
-            os.close(fd)
-        self.workers, self.fds = [], []
 
 
 def _alive(worker: Worker) -> bool:

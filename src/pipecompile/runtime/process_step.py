@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
-import socket
-import subprocess
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,20 +12,19 @@ from typing import Any
 
 import torch
 
-from pipecompile.errors import PipelineClosed, PipelineError, StepError, WorkerDied, WorkerHung
+from pipecompile.errors import PipelineClosed, PipelineError, StepError, WorkerHung
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.package import DeviceModule
 from pipecompile.ir.program import HOST
 from pipecompile.ir.training import StepPackage, StepRequest
-from pipecompile.runtime import numerics, nursery, pickled
+from pipecompile.runtime import numerics, pickled
 from pipecompile.runtime.arena import adopt
-from pipecompile.runtime.channels.link import PortInfo, ports_of
+from pipecompile.runtime.channels.link import ports_of
 from pipecompile.runtime.channels.ring import clock
-from pipecompile.runtime.channels.shared_memory import SharedEdge, allocate, attach
+from pipecompile.runtime.channels.shared_memory import SharedEdge
 from pipecompile.runtime.executor import bounds
 from pipecompile.runtime.host_step import HostPorts
-from pipecompile.runtime.process import Process
-from pipecompile.runtime.records import Records
+from pipecompile.runtime.step_crew import Crew, Worker
 from pipecompile.runtime.step_device import Boot
 from pipecompile.runtime.step_run import Outcome, failure, written_by
 from pipecompile.runtime.training import Training
@@ -64,7 +60,7 @@ class ProcessTrainer:
         self._gradients = adopt(self._places)
         self._answers: dict[int, Outcome] = {}
         self._pending = False
-        self._crew = crew = _Crew()
+        self._crew = crew = Crew()
         self._updating: list[Worker] = []
         self._finalizer = weakref.finalize(self, crew.stop)
         planned = sum(stage.load for stage in step.package.plan.stages) * step.micro_batches
@@ -317,103 +313,6 @@ class ProcessTrainer:
     def _fail(self, error: BaseException) -> None:
         self.closed = f"it failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         self.close()
-
-
-class Worker:
-    """One process, its two sockets and its records."""
-
-    def __init__(self, module: DeviceModule, ports: Sequence[PortInfo]) -> None:
-        self.module, self.ports = module, ports
-        self.records_fd = allocate("records", Records.nbytes(len(ports) + 1))
-        self.records = Records(attach(self.records_fd), len(ports) + 1)
-        self.control, self._their_control = socket.socketpair()
-        self.commands, self._their_commands = socket.socketpair()
-        self.process: Process | None = None
-
-    def start(self, fds: Sequence[int], core: int | None, threads: int) -> None:
-        """Start the process; it waits for its boot message."""
-        theirs = [self._their_control.fileno(), self._their_commands.fileno()]
-        arguments = ["--control", str(theirs[0]), "--commands", str(theirs[1])]
-        arguments += ["--core", str(-1 if core is None else core)]
-        self.process = nursery.start(
-            "pipecompile.runtime.step_worker", arguments, [*theirs, self.records_fd, *fds], threads
-        )
-        self._their_control.close()
-        self._their_commands.close()
-
-    def say(self, message: Any, what: str = "a command") -> None:
-        """Send a message.
-
-        Raises:
-            PipelineError: if it cannot be pickled; ``what`` is in it.
-            WorkerDied: if the process is gone.
-        """
-        try:
-            pickled.send(self.commands, message)
-        except OSError:
-            raise self.death() from None
-        except Exception as error:  # pickling runs user code
-            raise PipelineError(f"{what} cannot be sent to {self}: {type(error).__name__}: {error}") from error
-
-    def hear(self, timeout: float) -> tuple[Any, ...]:
-        """The next message, waited for at most ``timeout`` seconds."""
-        self.commands.settimeout(timeout)
-        try:
-            return pickled.receive(self.commands)
-        except TimeoutError:
-            raise WorkerHung(f"{self} did not answer within {timeout:.0f} s") from None
-
-    def death(self) -> WorkerDied:
-        """The exception for a process that is gone."""
-        assert self.process is not None
-        try:
-            code = self.process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            return WorkerDied(f"{self} closed its socket {self.progress()}")
-        how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-        hint = "; the system may be out of memory" if code == -signal.SIGKILL else ""
-        return WorkerDied(f"{self} {how} {self.progress()}{hint}")
-
-    def progress(self) -> str:
-        """Where the device is, in words."""
-        last = self.records.last()
-        if last is None:
-            return "before its first message"
-        where = str(self.ports[last.port]) if last.port >= 0 else "the norm of the gradients"
-        return f"{'after' if last.end else 'while'} waiting for {where} (message {last.sample})"
-
-    def stop(self) -> None:
-        """Kill the process, reap it, close everything."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-        for channel in (self.control, self._their_control, self.commands, self._their_commands):
-            channel.close()
-        if self.records_fd >= 0:
-            os.close(self.records_fd)
-            self.records_fd = -1
-
-    def __str__(self) -> str:
-        return f"device {self.module.device} (stages {', '.join(map(str, self.module.stages))})"
-
-
-class _Crew:
-    """What has to be gone afterwards. Knows nothing of the trainer."""
-
-    def __init__(self) -> None:
-        self.workers: list[Worker] = []
-        self.fds: list[int] = []
-        self.owner = os.getpid()
-
-    def stop(self) -> None:
-        """Kill, reap, close. May be repeated; does nothing in a fork."""
-        if os.getpid() != self.owner:
-            return
-        for worker in self.workers:
-            worker.stop()
-        for fd in self.fds:
-            os.close(fd)
-        self.workers, self.fds = [], []
 
 
 def _touches(source: int, target: int, module: DeviceModule) -> bool:

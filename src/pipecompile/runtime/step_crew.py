@@ -1,0 +1,118 @@
+"""Worker processes that carry out commands, a step or a stream: one of them, and all that belong together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+from pipecompile.errors import PipelineError, WorkerDied, WorkerHung
+from pipecompile.ir.package import DeviceModule
+from pipecompile.runtime import nursery, pickled
+from pipecompile.runtime.channels.link import PortInfo
+from pipecompile.runtime.channels.shared_memory import allocate, attach
+from pipecompile.runtime.process import Process
+from pipecompile.runtime.records import Records
+
+
+class Worker:
+    """One process, its two sockets and its records."""
+
+    def __init__(self, module: DeviceModule, ports: Sequence[PortInfo]) -> None:
+        self.module, self.ports = module, ports
+        self.records_fd = allocate("records", Records.nbytes(len(ports) + 1))
+        self.records = Records(attach(self.records_fd), len(ports) + 1)
+        self.control, self._their_control = socket.socketpair()
+        self.commands, self._their_commands = socket.socketpair()
+        self.process: Process | None = None
+
+    def start(self, fds: Sequence[int], core: int | None, threads: int) -> None:
+        """Start the process; it waits for its boot message."""
+        theirs = [self._their_control.fileno(), self._their_commands.fileno()]
+        arguments = ["--control", str(theirs[0]), "--commands", str(theirs[1])]
+        arguments += ["--core", str(-1 if core is None else core)]
+        self.process = nursery.start(
+            "pipecompile.runtime.step_worker", arguments, [*theirs, self.records_fd, *fds], threads
+        )
+        self._their_control.close()
+        self._their_commands.close()
+
+    def say(self, message: Any, what: str = "a command") -> None:
+        """Send a message.
+
+        Raises:
+            PipelineError: if it cannot be pickled; ``what`` is in it.
+            WorkerDied: if the process is gone.
+        """
+        try:
+            pickled.send(self.commands, message)
+        except OSError:
+            raise self.death() from None
+        except Exception as error:  # pickling runs user code
+            raise PipelineError(f"{what} cannot be sent to {self}: {type(error).__name__}: {error}") from error
+
+    def hear(self, timeout: float) -> tuple[Any, ...]:
+        """The next message, waited for at most ``timeout`` seconds."""
+        self.commands.settimeout(timeout)
+        try:
+            return pickled.receive(self.commands)
+        except TimeoutError:
+            raise WorkerHung(f"{self} did not answer within {timeout:.0f} s") from None
+
+    def death(self) -> WorkerDied:
+        """The exception for a process that is gone."""
+        assert self.process is not None
+        try:
+            code = self.process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            return WorkerDied(f"{self} closed its socket {self.progress()}")
+        how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        hint = "; the system may be out of memory" if code == -signal.SIGKILL else ""
+        return WorkerDied(f"{self} {how} {self.progress()}{hint}")
+
+    def progress(self) -> str:
+        """Where the device is, in words."""
+        last = self.records.last()
+        if last is None:
+            return "before its first message"
+        where = str(self.ports[last.port]) if last.port >= 0 else "the norm of the gradients"
+        return f"{'after' if last.end else 'while'} waiting for {where} (message {last.sample})"
+
+    def stop(self) -> None:
+        """Kill the process, reap it, close everything."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        for channel in (self.control, self._their_control, self.commands, self._their_commands):
+            channel.close()
+        if self.records_fd >= 0:
+            os.close(self.records_fd)
+            self.records_fd = -1
+
+    def __str__(self) -> str:
+        return f"device {self.module.device} (stages {', '.join(map(str, self.module.stages))})"
+
+
+class Crew:
+    """What has to be gone afterwards. Knows nothing of who commands the workers."""
+
+    def __init__(self) -> None:
+        self.workers: list[Worker] = []
+        self.fds: list[int] = []
+        self.owner = os.getpid()
+
+    def stop(self) -> None:
+        """Kill, reap, close. May be repeated; does nothing in a fork."""
+        if os.getpid() != self.owner:
+            return
+        for worker in self.workers:
+            worker.stop()
+        for fd in self.fds:
+            os.close(fd)
+        self.workers, self.fds = [], []
+
+
+__all__ = ["Crew", "Worker"]
