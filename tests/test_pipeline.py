@@ -32,14 +32,17 @@ class Two(nn.Module):
 @pytest.mark.parametrize(
     ("args", "kwargs", "words"),
     [
-        ((torch.ones(3),), {}, "compiled for the arguments"),
-        ((torch.ones(3), torch.ones(3), 5.0), {}, "compiled for the arguments"),
+        ((torch.ones(3),), {}, "compiled for x, y; in this call y is missing"),
+        ((torch.ones(3), torch.ones(3), 5.0), {}, "scale is not in the example inputs"),
+        ((torch.ones(3), torch.ones(3).numpy()), {}, "argument 'y': a numpy.ndarray .*torch.from_numpy"),
         ((torch.ones(4), torch.ones(3)), {}, "'x' has shape 4, compiled for 3"),
         ((torch.ones(3), torch.ones(3, dtype=torch.float64)), {}, "'y' has dtype torch.float64"),
         ((torch.ones(3), torch.ones(3, device="meta")), {}, "'y' is on meta"),
         ((torch.ones(3), [torch.ones(3)]), {}, "another structure"),
         ((torch.ones(3), None), {}, "another structure"),
-        ((torch.ones(3), torch.ones(3)), {"z": torch.ones(3)}, "compiled for the arguments"),
+        ((torch.ones(3), torch.ones(3)), {"z": torch.ones(3)}, "z is not in the example inputs"),
+        ((torch.ones(3), torch.ones(3)), {"x": torch.ones(3)}, "x is given twice"),
+        ((1.0,) * 5, {}, "5 positional arguments are given"),
     ],
 )
 def test_a_call_that_does_not_fit_says_what_is_wrong(args: Any, kwargs: Any, words: str) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 import pipecompile
 from pipecompile.clusters import make_cluster
-from pipecompile.errors import InputError, PlanError
+from pipecompile.errors import InputError, PlanError, TraceError
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,13 @@ def test_one_device_by_name() -> None:
 def test_a_function_is_no_module() -> None:
     with pytest.raises(InputError, match="function"):
         pipecompile.compile(lambda x: x, (torch.ones(1),))  # type: ignore[arg-type]  # pyright: ignore
+
+
+def test_weights_without_values() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    with pytest.raises(TraceError, match=r"'weight' of Linear is on meta .* load its state_dict"):
+        pipecompile.compile(model, torch.ones(1, 2))
 
 
 def test_keywords_given_as_positional_arguments() -> None:

@@ -43,7 +43,11 @@ class Arguments:
     def _flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         if self._one_tensor and not kwargs and len(args) == 1 and isinstance(args[0], torch.Tensor):
             return [args[0]]
-        leaves, tree = flatten(self._normalise(tuple(args), kwargs))
+        given = self._normalise(tuple(args), kwargs)
+        try:
+            leaves, tree = flatten(given)
+        except InputError as error:
+            raise InputError(f"{_refused(given, self._package.parameters)}{error}") from None
         (got, more), (want, keywords) = tree.children, self._tree.children
         names = [*self._package.parameters[: len(want.children)], *keywords.keys]
         if len(names) == len(want.children) + len(keywords.children):
@@ -104,10 +108,16 @@ class Arguments:
         wanted = [*names[:positional], *want_kwargs.keys]
         if not twice and len(given) == len(args) and set(merged) == set(wanted):
             return tuple(merged[n] for n in names[:positional]), {key: merged[key] for key in want_kwargs.keys}
-        got = [f"{len(args)} positional", *sorted(kwargs)]
+        missing, unknown = [n for n in wanted if n not in merged], [n for n in merged if n not in wanted]
+        faults = [
+            *([f"{len(args)} positional arguments are given"] if len(args) > len(names) else []),
+            *([f"{', '.join(sorted(twice))} is given twice"] if twice else []),
+            *([f"{', '.join(missing)} is missing"] if missing and (given or not args) else []),
+            *([f"{', '.join(unknown)} is not in the example inputs"] if unknown else []),
+        ]
         raise InputError(
-            f"{self._package.model} was compiled for the arguments {', '.join(wanted) or 'none'}; this call gives "
-            f"{', '.join(got)}. Call it as in the example inputs, or compile it again for this form"
+            f"{self._package.model} was compiled for {', '.join(wanted) or 'no arguments'}; in this call "
+            f"{'; '.join(faults)}. Call it as in the example inputs, or compile it again for this form"
         )
 
     def _same_structure(self, got: Tree, want: Tree, where: str) -> None:
@@ -162,6 +172,17 @@ class Arguments:
                         f"{names[symbol.input]!r} of size {leaves[symbol.input].shape[symbol.dim]} in dimension "
                         f"{symbol.dim} it must be {want}"
                     )
+
+
+def _refused(given: tuple[tuple[Any, ...], dict[str, Any]], names: Sequence[str]) -> str:
+    """Which argument it is that cannot be taken apart."""
+    args, kwargs = given
+    for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+        try:
+            flatten(value)
+        except InputError:
+            return f"argument {name!r}: "
+    return ""
 
 
 def _same_const(one: Any, other: Any) -> bool:

@@ -97,7 +97,7 @@ def test_run_refuses_what_does_not_fit(folder: Path, run: Callable[..., tuple[in
     for source, said in [
         ("wide.npy", "must hold the 3 values"),
         ("empty.npy", "not a single sample"),
-        ("text.npy", "cannot be read as an array"),
+        ("text.npy", "no array as numpy.save writes it"),
         ("absent.npy", "there is no such file"),
         ("random:none", "write random:100"),
         ("text.mp4", "there is no such file"),

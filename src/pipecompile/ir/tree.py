@@ -183,7 +183,8 @@ def _fields(item: Any) -> dict[str, Any]:
         return dict(vars(item))
     if not _plain(type(item)):
         raise InputError(
-            f"a {type(item).__module__}.{type(item).__name__} cannot be an argument or a result; use tensors, numbers, "
+            f"a {type(item).__module__}.{type(item).__name__} cannot be an argument or a result; use tensors"
+            f"{' (torch.from_numpy makes one of an array)' if type(item).__module__ == 'numpy' else ''}, numbers, "
             "strings, None, and tuples, lists, dicts, dataclasses or plain objects of these"
         )
     slots = [s for k in type(item).__mro__ for s in getattr(k, "__slots__", ()) if hasattr(item, s)]

@@ -103,17 +103,6 @@ def capture(
         InputError: if ``dynamic_shapes`` does not fit the arguments.
     """
     leaves, in_tree = flatten((tuple(args), dict(kwargs)))
-    for leaf in leaves:
-        if leaf.device.type != "cpu" or leaf.layout is not torch.strided:
-            raise InputError(
-                f"example inputs must be dense CPU tensors, got one on {leaf.device} with layout {leaf.layout}"
-            )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
-            raise TraceError(
-                f"{name!r} of {type(model).__name__} is on {tensor.device} with layout {tensor.layout}; parameters and "
-                "buffers must be dense CPU tensors: convert it with .cpu() or .to_dense()"
-            )
     found: list[Tree] = []
     shapes = None
     if dynamic_shapes is not None:

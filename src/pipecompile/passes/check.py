@@ -32,8 +32,10 @@ def run_once(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     """The flat result of the eager model on copies of the examples; buffers are put back.
 
     Raises:
+        InputError: if an example, TraceError: if a weight is no dense CPU tensor.
         ExampleError: if the model fails on its own example inputs.
     """
+    _require_dense(model, flatten((tuple(args), dict(kwargs)))[0])
     with exact(model), state_kept(model):
         inputs, keywords = _fresh(tuple(args)), _fresh(dict(kwargs))
         try:
@@ -47,6 +49,25 @@ def run_once(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
             return flatten(result)[0]
         except InputError as error:
             raise TraceError(f"the result of {type(model).__name__} cannot be pipelined: {error}") from error
+
+
+def _require_dense(model: nn.Module, leaves: Sequence[torch.Tensor]) -> None:
+    for leaf in leaves:
+        if leaf.device.type != "cpu" or leaf.layout is not torch.strided:
+            raise InputError(
+                f"example inputs must be dense CPU tensors, got one on {leaf.device} with layout {leaf.layout}"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+            remedy = (
+                "it has no values yet: give it memory with .to_empty(device='cpu') and load its state_dict"
+                if tensor.is_meta
+                else "convert it with .cpu() or .to_dense()"
+            )
+            raise TraceError(
+                f"{name!r} of {type(model).__name__} is on {tensor.device} with layout {tensor.layout}; parameters and "
+                f"buffers must be dense CPU tensors: {remedy}"
+            )
 
 
 def compare_with_eager(

@@ -12,7 +12,9 @@ from pipecompile.report.units import nbytes, share, time
 def print_summary(summary: Summary, out: Console) -> None:
     """Two tables and a line: stages, transfers, the whole. Predicted and measured side by side, as ``p | m``."""
     measured = summary.measured is not None
-    title = f"{summary.model}: {len(summary.stages)} stages, balance {summary.balance:.2f}"
+    title = (
+        f"{summary.model}: {len(summary.stages)} stage{'s' * (len(summary.stages) != 1)}, balance {summary.balance:.2f}"
+    )
     both = "predicted | measured" if measured else "predicted"
     stages = Table(title=f"{title} ({both})", title_justify="left", header_style="bold")
     for name in ("stage", "device", "layers", "compute", "send", "wait", "busy"):

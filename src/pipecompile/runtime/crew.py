@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import signal
 import socket
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +20,7 @@ from pipecompile.runtime.channels.link import ports_of
 from pipecompile.runtime.channels.ring import clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge, allocate, attach
 from pipecompile.runtime.control import receive, send
-from pipecompile.runtime.process import Process
+from pipecompile.runtime.process import Process, ending
 from pipecompile.runtime.records import Records
 
 _START_SECONDS = 60.0
@@ -209,13 +207,7 @@ class Crew:
             return PipelineError(f"{worker} {what}: {message['message']}\n\n{message.get('trace', '')}")
         assert worker.process is not None
         at = {"device": worker.module.device, "sample": worker.sample}
-        try:
-            code = worker.process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            return WorkerDied(f"{worker} closed its control socket {worker.progress()}", **at)
-        how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-        hint = "; the system may be out of memory" if code == -signal.SIGKILL else ""
-        return WorkerDied(f"{worker} {how} {worker.progress()}{hint}", **at)
+        return WorkerDied(f"{worker} {ending(worker.process, worker.progress())}", **at)
 
     def stuck(self, submitted: float, slack: float) -> PipelineError | None:
         """The error if a device makes no progress, or if all wait for one another.

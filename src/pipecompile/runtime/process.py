@@ -52,6 +52,8 @@ class Forked:
         self._waiting, self._open = threading.Lock(), threading.Lock()
 
     returncode: int | None
+    orphan = False
+    """Whether the server went first, and took the worker with it."""
 
     def poll(self) -> int | None:
         """See :class:`Process`."""
@@ -82,6 +84,7 @@ class Forked:
         if said.poll(_REPORT_SECONDS * 1000):
             report = control.receive(self._channel)
         # Without its server nobody knows how it ended; the kernel has killed it then, see lifeline.
+        self.orphan = report is None
         self.returncode = -signal.SIGKILL if report is None else int(report["code"])
         with self._open:
             os.close(self._pidfd)
@@ -95,6 +98,20 @@ class Forked:
 
     def __str__(self) -> str:
         return f"worker process {self.pid}"
+
+
+def ending(process: Process, progress: str) -> str:
+    """What to tell about a worker that is gone (within a second): how it ended, where it was, what may be why."""
+    try:
+        code = process.wait(timeout=1.0)
+    except subprocess.TimeoutExpired:
+        return f"closed its socket {progress}"
+    if code >= 0:
+        return f"exited with code {code} {progress}"
+    orphan = isinstance(process, Forked) and process.orphan
+    why = "the process that workers are forked from was killed first" if orphan else "the system may be out of memory"
+    hint = f"; {why}" if code == -signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name} {progress}{hint}"
 
 
 def _poller(*fds: int) -> select.poll:

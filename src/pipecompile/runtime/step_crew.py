@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import subprocess
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +12,7 @@ from pipecompile.ir.package import DeviceModule
 from pipecompile.runtime import nursery, pickled
 from pipecompile.runtime.channels.link import PortInfo
 from pipecompile.runtime.channels.shared_memory import allocate, attach
-from pipecompile.runtime.process import Process
+from pipecompile.runtime.process import Process, ending
 from pipecompile.runtime.records import Records
 
 
@@ -65,13 +63,7 @@ class Worker:
     def death(self) -> WorkerDied:
         """The exception for a process that is gone."""
         assert self.process is not None
-        try:
-            code = self.process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            return WorkerDied(f"{self} closed its socket {self.progress()}")
-        how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-        hint = "; the system may be out of memory" if code == -signal.SIGKILL else ""
-        return WorkerDied(f"{self} {how} {self.progress()}{hint}")
+        return WorkerDied(f"{self} {ending(self.process, self.progress())}")
 
     def progress(self) -> str:
         """Where the device is, in words."""

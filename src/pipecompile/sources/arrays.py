@@ -51,8 +51,11 @@ class NumpyFile(Source):
             raise InputError(f"{self.path}: there is no such file")
         try:
             array: Any = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise InputError(f"{self.path} cannot be read as an array: {error}") from None
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {error}") from None
+        except (ValueError, EOFError):
+            # NumPy takes what it does not know for a pickle, and says so.
+            raise InputError(f"{self.path} is no array as numpy.save writes it, or is cut short") from None
         if not isinstance(array, np.ndarray):
             raise InputError(f"{self.path} holds several arrays; save the one to stream as a .npy file")
         self._array: np.ndarray[Any, Any] = array
