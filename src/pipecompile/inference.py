@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,10 +13,9 @@ from torch import nn
 from pipecompile import artefact
 from pipecompile._version import __version__
 from pipecompile.errors import InputError, PipelineClosed
+from pipecompile.facade import Pipeline
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.package import Package
-from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Program
 from pipecompile.ir.sample import Counts
 from pipecompile.ir.timeline import Timeline
 from pipecompile.runtime.surviving import Surviving
@@ -30,7 +28,7 @@ from pipecompile.streams.pushed import Pushed, Results
 from pipecompile.streams.ticket import Ticket
 
 
-class InferencePipeline(nn.Module):
+class InferencePipeline(Pipeline):
     """A compiled model. ``pipe(x)`` equals ``model(x)``; ``pipe.stream(xs)`` keeps every device busy.
 
     ``state_dict()``, ``parameters()`` and the like are the model's own, under its own names, and
@@ -41,8 +39,6 @@ class InferencePipeline(nn.Module):
     It is used by one at a time, from any thread: a call, a stream, or submitted samples. A forked
     child cannot use it.
     """
-
-    _model: nn.Module
 
     def __init__(
         self,
@@ -58,8 +54,7 @@ class InferencePipeline(nn.Module):
         deadline: float | None = None,
         on_failure: OnFailure = "raise",
     ) -> None:
-        super().__init__()
-        object.__setattr__(self, "_model", model)  # not a submodule: names stay the model's own
+        super().__init__(model)
         self._package = package
         self._options = Options(on_overload, max_in_flight, deadline)
         self._engine = Engine(
@@ -74,16 +69,6 @@ class InferencePipeline(nn.Module):
         self._pushed = Pushed(self._engine, self._options)
         self._initial = {e.name: tensors[e.name].detach().clone() for e in package.state if e.mutated}
         self.training = False
-
-    @property
-    def plan(self) -> Plan:
-        """Which layers run where, and what that is predicted to cost."""
-        return self._package.plan
-
-    @property
-    def program(self) -> Program:
-        """The schedule as data."""
-        return self._package.program
 
     @property
     def package(self) -> Package:
@@ -262,36 +247,3 @@ class InferencePipeline(nn.Module):
         """End the workers. Closing twice is fine; parameters and buffers stay usable."""
         self._engine.close()
         self._pushed.wake()
-
-    def __enter__(self) -> InferencePipeline:
-        """Close the pipeline at the end of the block."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the pipeline."""
-        self.close()
-
-    # nn.Module's own view of parameters and buffers is the model's, names included.
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The model's ``state_dict``."""
-        return self._model.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load into the model; counts from the next sample on."""
-        return self._model.load_state_dict(*args, **kwargs)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's parameters under its own names."""
-        return self._model.named_parameters(*args, **kwargs)
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's buffers under its own names."""
-        return self._model.named_buffers(*args, **kwargs)
-
-    def extra_repr(self) -> str:
-        """Model, stages and devices."""
-        devices = ", ".join(device.name for device in self.plan.cluster.devices)
-        return f"{self._package.model}, {self.plan.shape} on {devices}"

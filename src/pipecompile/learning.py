@@ -7,17 +7,16 @@ import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
 from pipecompile.errors import InputError, PipecompileWarning, PipelineClosed, PipelineError, WorkerDied, WorkerHung
+from pipecompile.facade import LearnsInPlace
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.learning import PREDICTED, SKIPPED, Learned, LearnPackage, Outcome, Rule
-from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Program
+from pipecompile.ir.package import Package
 from pipecompile.ir.sample import Counts
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.training import StageCost
@@ -37,15 +36,13 @@ from pipecompile.streams.entrance import Options, Overload
 from pipecompile.training import ExecutorName
 
 
-class LearningPipeline(nn.Module):
+class LearningPipeline(LearnsInPlace):
     """A model compiled to learn on a stream: ``for result in pipe.learn(samples): ...``.
 
     ``state_dict()``, ``parameters()`` and the like are the model's own, under its own names. The
     optimizers live with the stages. Workers start with the first sample and end with ``close()``,
     at the end of a ``with`` block, or when the pipeline is garbage collected.
     """
-
-    _model: nn.Module
 
     def __init__(
         self,
@@ -62,8 +59,7 @@ class LearningPipeline(nn.Module):
         snapshot_every: int = 100,
         costs: tuple[StageCost, ...],
     ) -> None:
-        super().__init__()
-        object.__setattr__(self, "_model", model)  # not a submodule: names stay the model's own
+        super().__init__(model)
         self._learn, self._retarget, self._options = learn, retarget, options
         self._pairs = Pairs(learn)
         self._executor: ExecutorName = executor
@@ -84,18 +80,13 @@ class LearningPipeline(nn.Module):
         self._lock = threading.RLock()
 
     @property
-    def plan(self) -> Plan:
-        """Which layers run where."""
-        return self._learn.package.plan
-
-    @property
-    def program(self) -> Program:
-        """The schedule as data."""
-        return self._learn.package.program
+    def package(self) -> Package:
+        """The generated modules."""
+        return self._learn.package
 
     @property
     def learn_package(self) -> LearnPackage:
-        """The generated modules and what belongs to them."""
+        """The package and what learning needs besides."""
         return self._learn
 
     @property
@@ -332,49 +323,15 @@ class LearningPipeline(nn.Module):
                 self._learner.close()
             self._closed = self._closed or "it was closed"
 
-    def __enter__(self) -> LearningPipeline:
-        """Close the pipeline at the end of the block."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the pipeline."""
-        self.close()
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model itself, in this process, in the mode it is in: for evaluation between streams."""
         return self._model(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> LearningPipeline:
-        """The model's own mode; ``learn`` always trains."""
-        self.training = mode
-        self._model.train(mode)
-        return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The model's ``state_dict``; while a stream is under way that of a :meth:`snapshot`, without arguments."""
         if self._run is not None and not args and not kwargs:
             return self.snapshot()["model"]
-        return self._model.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load into the model; counts from the next stream on."""
-        return self._model.load_state_dict(*args, **kwargs)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's parameters under its own names."""
-        return self._model.named_parameters(*args, **kwargs)
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's buffers under its own names."""
-        return self._model.named_buffers(*args, **kwargs)
-
-    def extra_repr(self) -> str:
-        """Model, stages, devices and rule."""
-        devices = ", ".join(device.name for device in self.plan.cluster.devices)
-        name = self._learn.package.model
-        return f"{name}, {len(self.plan.stages)} stages on {devices}, {self.program.schedule}"
+        return super().state_dict(*args, **kwargs)
 
     def _check(self) -> None:
         if self._closed:

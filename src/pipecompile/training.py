@@ -6,7 +6,6 @@ import copy
 import os
 import threading
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -16,9 +15,9 @@ from pipecompile.arguments import Arguments
 from pipecompile.checkpoint import Checkpoint
 from pipecompile.drop_in import DropIn
 from pipecompile.errors import InputError, NonFiniteError, PipelineClosed, StepError
+from pipecompile.facade import LearnsInPlace
 from pipecompile.ir.cluster import Link
-from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Program
+from pipecompile.ir.package import Package
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.training import StageCost, StepPackage, StepRequest
 from pipecompile.model_weights import ModelWeights
@@ -34,15 +33,13 @@ from pipecompile.simulate.step import simulate_step
 ExecutorName = Literal["process", "inline"]
 
 
-class TrainingPipeline(nn.Module):
+class TrainingPipeline(LearnsInPlace):
     """A model compiled for training. ``loss = pipe.train_step(inputs, targets)`` is one step.
 
     ``state_dict()``, ``parameters()`` and the like are the model's own, under its own names. The
     optimizer lives with the stages. Workers start at the first step and end with ``close()``, at the
     end of a ``with`` block, or when the pipeline is garbage collected.
     """
-
-    _model: nn.Module
 
     def __init__(
         self,
@@ -62,8 +59,7 @@ class TrainingPipeline(nn.Module):
         throttle: Mapping[str, Link] | None = None,
         costs: tuple[StageCost, ...],
     ) -> None:
-        super().__init__()
-        object.__setattr__(self, "_model", model)  # not a submodule: names stay the model's own
+        super().__init__(model)
         self._step, self._loss_fn = step, loss_fn
         self._training = Training(loss_fn, optimizer, seed, keep_gradients, check_finite)
         batch_dims = [(i, 0) for i, cut in enumerate(step.batched) if cut and step.package.symbols]
@@ -80,18 +76,13 @@ class TrainingPipeline(nn.Module):
         self._lock = threading.RLock()
 
     @property
-    def plan(self) -> Plan:
-        """Which layers run where."""
-        return self._step.package.plan
-
-    @property
-    def program(self) -> Program:
-        """One training step as data."""
-        return self._step.package.program
+    def package(self) -> Package:
+        """The generated modules, with one micro-batch as their sample."""
+        return self._step.package
 
     @property
     def step_package(self) -> StepPackage:
-        """The generated modules and what belongs to them."""
+        """The package and what a step needs besides."""
         return self._step
 
     @property
@@ -262,16 +253,6 @@ class TrainingPipeline(nn.Module):
             self._trainer.close()
         self._closed = self._closed or "it was closed"
 
-    def __enter__(self) -> TrainingPipeline:
-        """Close the pipeline at the end of the block."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the pipeline."""
-        self.close()
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result for a batch.
 
@@ -293,28 +274,6 @@ class TrainingPipeline(nn.Module):
             result = self._drop_in.call(self._ready, request, whole, [self._samples(row) for row in rows])
             self._steps += 1
             return result
-
-    def train(self, mode: bool = True) -> TrainingPipeline:
-        """The model's own mode; ``train_step`` always trains."""
-        self.training = mode
-        self._model.train(mode)
-        return self
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The model's ``state_dict``."""
-        return self._model.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load into the model; counts from the next step on."""
-        return self._model.load_state_dict(*args, **kwargs)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's parameters under its own names."""
-        return self._model.named_parameters(*args, **kwargs)
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's buffers under its own names."""
-        return self._model.named_buffers(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """Model, stages, devices and schedule."""
