@@ -21,9 +21,13 @@ from pipecompile.passes.stage_code import IMPORTS, StageWriter, StepEmitter
 #: The pieces of a stage as functions that can be called again and again.
 _PIECES = """
 
-class Nothing:
+class Sums(dict):
     def add(self, name, gradient):
-        pass
+        if gradient is not None:
+            self[name] = self[name].add_(gradient) if name in self and not gradient.is_sparse else gradient.clone()
+
+
+sums = Sums()
 
 
 class Draw:
@@ -46,15 +50,15 @@ def forward(loss, state, trained, reads, gradients):
 
 
 def backward(loss, state, trained, reads, gradients):
-    backward_{s}(kept_by_forward(loss, state, reads)[1], trained, Nothing(), *gradients)
+    backward_{s}(kept_by_forward(loss, state, reads)[1], trained, sums, *gradients)
 
 
 def backward_input(loss, state, trained, reads, gradients):
-    return backward_input_{s}(kept_by_forward(loss, state, reads)[1], trained, Nothing(), *gradients)
+    return backward_input_{s}(kept_by_forward(loss, state, reads)[1], trained, sums, *gradients)
 
 
 def backward_weight(loss, state, trained, reads, gradients):
-    backward_weight_{s}(backward_input(loss, state, trained, reads, gradients)[1], trained, Nothing())
+    backward_weight_{s}(backward_input(loss, state, trained, reads, gradients)[1], trained, sums)
 """
 
 

@@ -41,16 +41,30 @@ class Sums:
     def __init__(self) -> None:
         self.values: dict[str, torch.Tensor] = {}
         self._shapes: dict[str, torch.Tensor] = {}
+        self._own: set[str] = set()
 
     def know(self, name: str, weight: torch.Tensor) -> None:
         """Say which weight a name means."""
         self._shapes[name] = weight
 
     def add(self, name: str, gradient: torch.Tensor | None) -> None:
-        """Add one micro-batch. Never in place: the first may be a view of something still needed."""
-        if gradient is not None:
-            total = self.values.get(name)
-            self.values[name] = _held(gradient) if total is None else total + gradient
+        """Add one micro-batch. Not in place to the first, which may be a view of something still needed."""
+        if gradient is None:
+            return
+        total = self.values.get(name)
+        if total is None:
+            self.values[name] = _held(gradient)
+            self._own.discard(name)
+        elif name in self._own and total.layout is gradient.layout is torch.strided:
+            total.add_(gradient)
+        else:
+            self.values[name] = total + gradient
+            self._own.add(name)
+
+    def held(self) -> dict[str, torch.Tensor]:
+        """The sums as they are; what is added later leaves them alone."""
+        self._own.clear()
+        return dict(self.values)
 
     def take(self, name: str) -> torch.Tensor:
         """Give the sum away (zero if there is none) and begin anew."""
@@ -137,8 +151,8 @@ class StepLink:
         self.criterion: Callable[[int, Sequence[Any]], torch.Tensor] | None = None
 
     def begin(self) -> None:
-        """Note buffers and sums as they are before a step. Sums are never changed in place."""
-        self._before = [buffer.clone() for buffer in self._written], dict(self.sums.values)
+        """Note buffers and sums as they are before a step."""
+        self._before = [buffer.clone() for buffer in self._written], self.sums.held()
         self.losses = []
         self._statistics.clear()
 
