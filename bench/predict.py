@@ -11,7 +11,8 @@ do, in the same turns. Eager is no such yardstick: it asks the system for its ac
 every sample. How much slower that makes it is printed, beside the error by the clock (predicted
 seconds against measured ones), the error from stages timed alone, and how much copies of the model
 on two cores slow each other down. Three forced cuts of each model (the chosen one and the boundary
-moved by a sixth of the cost either way) are ranked by both. With ``--half`` a process that only
+moved by an eighth of the layers one way and by a quarter the other, so that no two are alike) are
+ranked by both. With ``--half`` a process that only
 burns time shares the last core, and the cluster says that its only device has half the speed; which
 speed it really had, by the model there against the first core, is printed.
 """
@@ -59,7 +60,7 @@ def _burn(core: int) -> None:
 
 
 def cuts(pipe: Any, share: float) -> dict[str, str]:
-    """Every layer pinned, with the boundary moved so that ``share`` of the layers' cost changes sides."""
+    """Every layer pinned, with the boundary moved so that ``share`` of the layers change sides."""
     names = pipe.plan.layer_names
     order = [layer for stage in pipe.plan.stages for layer in stage.layers]
     boundary = len(pipe.plan.stages[0].layers)
@@ -121,7 +122,7 @@ def main() -> None:
                 pipes[f"{stages} stages"] = stack.enter_context(pipecompile.compile(model, example, devices=cluster))
             first = next(iter(pipes.values()))
             if len(first.plan.stages) == 2:
-                for share in (-1 / 6, 1 / 6):
+                for share in (-1 / 4, 1 / 8):
                     forced = pipecompile.compile(model, example, devices=first.plan.cluster, pin=cuts(first, share))
                     pipes[f"2 stages, boundary moved {share:+.2f}"] = stack.enter_context(forced)
             frozen = {plan: predicted(pipe) for plan, pipe in pipes.items()}
