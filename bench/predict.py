@@ -43,7 +43,7 @@ from pipecompile.simulate import simulate
 
 @contextmanager
 def burning(core: int) -> Iterator[None]:
-    """A process that takes half of a core from whoever else runs there, a millisecond at a time."""
+    """A process that takes half of a core from whoever else runs there, some milliseconds at a time."""
     process = multiprocessing.get_context("spawn").Process(target=_burn, args=(core,), daemon=True)
     process.start()
     try:
@@ -61,7 +61,7 @@ def _burn(core: int) -> None:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     begin, burnt = time.perf_counter(), 0.0
     while True:
-        time.sleep(0.001)
+        time.sleep(0.005)  # shorter turns cost whoever is interrupted more than the time they take
         woken = time.perf_counter()
         now = woken
         while burnt + now - woken < (now - begin) / 2:
