@@ -42,9 +42,9 @@ from pipecompile.simulate import simulate
 
 
 @contextmanager
-def burning(core: int) -> Iterator[None]:
-    """A process that takes half of a core from whoever else runs there, some milliseconds at a time."""
-    process = multiprocessing.get_context("spawn").Process(target=_burn, args=(core,), daemon=True)
+def burning(core: int, share: float = 0.5) -> Iterator[None]:
+    """A process that takes a share of a core from whoever else runs there, some milliseconds at a time."""
+    process = multiprocessing.get_context("spawn").Process(target=_burn, args=(core, share), daemon=True)
     process.start()
     try:
         yield
@@ -53,7 +53,7 @@ def burning(core: int) -> Iterator[None]:
         process.join(5)
 
 
-def _burn(core: int) -> None:
+def _burn(core: int, share: float) -> None:
     os.sched_setaffinity(0, [core])
     # Ahead of everybody else, where that is allowed: to a fair scheduler, a stage that sleeps between
     # two samples is owed time, so that a rival that only burns would take less than half from it.
@@ -64,9 +64,22 @@ def _burn(core: int) -> None:
         time.sleep(0.005)  # shorter turns cost whoever is interrupted more than the time they take
         woken = time.perf_counter()
         now = woken
-        while burnt + now - woken < (now - begin) / 2:
+        while burnt + now - woken < share * (now - begin):
             now = time.perf_counter()
         burnt += now - woken
+
+
+def half(whole: list[StageProcess], seconds: float) -> float:
+    """The share to take from the last core so that it runs the model at half the first core's speed.
+
+    Being interrupted costs the model a little more than the time taken from it.
+    """
+    with burning(1):
+        time.sleep(0.2)
+        for process in whole:
+            process.begin(2 * seconds)
+        (first_core,), (last_core,) = (process.rate() for process in whole)
+    return 1 - 0.5 * 0.5 / (first_core / last_core)
 
 
 def cuts(pipe: Any, share: float) -> dict[str, str]:
@@ -139,7 +152,7 @@ def main() -> None:
             frozen_alone = {plan: predicted_alone(pipe) for plan, pipe in pipes.items()}
             clock = {plan: pipe.simulate(96).period for plan, pipe in pipes.items()}
             if options.half:
-                stack.enter_context(burning(1))
+                stack.enter_context(burning(1, half(whole, options.seconds)))
             measured: dict[str, list[float]] = {plan: [] for plan in pipes}
             for pipe in pipes.values():
                 list(pipe.stream(islice(repeat(example), 10)))
