@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from pipecompile.errors import PlanError
 from pipecompile.passes.partition.classes import arrangements, classes_of, relative_speed
 from pipecompile.passes.partition.contract import forced
 from pipecompile.passes.partition.diagnose import explain
-from pipecompile.passes.partition.downsets import Family, all_downsets, chain, orders
+from pipecompile.passes.partition.downsets import Family, all_downsets, around, chain, orders
 from pipecompile.passes.partition.dynamic import TIE, Dynamic, Outcome
 from pipecompile.passes.partition.load import Verdict, judge
 from pipecompile.passes.partition.even import even_cut
@@ -44,6 +45,9 @@ MOST_ARRANGEMENTS = 400
 #: Seconds for the first program of each order of the devices, and the share of what is left then
 #: that goes into improving the best plan.
 FIRST_TURN, POLISH = 0.5, 0.5
+
+#: Share of the time for random orders of the layers, and how many in a row may be in vain.
+REORDER, PATIENCE = 0.25, 16
 
 #: Undecided choices above which a program is unlikely to be solved in its first turn: the best plan is
 #: improved before it, which narrows the windows.
@@ -182,6 +186,14 @@ class _Search:
         if search.best is not None and self.offer([merged.expand(search.best)], f"{search.name}, merged"):
             self.notes.append(f"{self.problem.layers} layers were planned as {len(merged.groups)} groups first")
 
+    def reorder(self, deadline: float) -> None:
+        """Run the dynamic program along random orders around the best plan, as long as that helps."""
+        rng, turn, fruitless = random.Random(0), 0, 0
+        while self.best is not None and not self.closed and fruitless < PATIENCE and time.perf_counter() < deadline:
+            before = self.objective
+            self._dynamic(chain(around(self.problem, self.best.stage_of, rng, turn)), "chain")
+            turn, fruitless = turn + 1, 0 if self.objective < before else fruitless + 1
+
     def polish(self, solver: SolverName) -> None:
         """Improve the borders of the best plan in what time is left."""
         if solver != "none" and not self.closed and self.left > 0:
@@ -277,6 +289,7 @@ class _Search:
         with Programs(self, names, empties) as programs:
             if len(tasks) == 1 and self.best is not None:
                 if programs.windows(found[0], self.objective).undecided > HARD:
+                    self.reorder(time.perf_counter() + self.left * REORDER)
                     programs.polish(time.perf_counter() + self.left * POLISH)
             for round in range(3):
                 # A short turn each; then the best plan is improved; then the easy ones come first, so that
