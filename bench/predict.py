@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import islice, pairwise, repeat
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import numpy as np
@@ -44,21 +45,26 @@ from pipecompile.simulate import simulate
 @contextmanager
 def burning(core: int, share: float = 0.5) -> Iterator[None]:
     """A process that takes a share of a core from whoever else runs there, some milliseconds at a time."""
-    process = multiprocessing.get_context("spawn").Process(target=_burn, args=(core, share), daemon=True)
+    context = multiprocessing.get_context("spawn")
+    begun = context.Event()
+    process = context.Process(target=_burn, args=(core, share, begun), daemon=True)
     process.start()
     try:
+        if not begun.wait(60):
+            raise TimeoutError("the process that burns time did not start")
         yield
     finally:
         process.kill()
         process.join(5)
 
 
-def _burn(core: int, share: float) -> None:
+def _burn(core: int, share: float, begun: Event) -> None:
     os.sched_setaffinity(0, [core])
     # Ahead of everybody else, where that is allowed: to a fair scheduler, a stage that sleeps between
     # two samples is owed time, so that a rival that only burns would take less than half from it.
     with suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    begun.set()
     begin, burnt = time.perf_counter(), 0.0
     while True:
         time.sleep(0.005)  # shorter turns cost whoever is interrupted more than the time they take
@@ -75,7 +81,6 @@ def half(whole: list[StageProcess], seconds: float) -> float:
     Being interrupted costs the model a little more than the time taken from it.
     """
     with burning(1):
-        time.sleep(0.2)
         for process in whole:
             process.begin(2 * seconds)
         (first_core,), (last_core,) = (process.rate() for process in whole)
