@@ -23,7 +23,7 @@ import argparse
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import islice, pairwise, repeat
@@ -43,7 +43,7 @@ from pipecompile.simulate import simulate
 
 
 @contextmanager
-def burning(core: int, share: float = 0.5) -> Iterator[None]:
+def burning(core: int, share: float = 0.5) -> Generator[None]:
     """A process that takes a share of a core from whoever else runs there, some milliseconds at a time."""
     context = multiprocessing.get_context("spawn")
     begun = context.Event()

@@ -6,7 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from functools import partial
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -76,7 +76,7 @@ class StageProcess(_Pinned):
 
 
 @contextlib.contextmanager
-def _environment(more: Mapping[str, str]) -> Iterator[None]:
+def _environment(more: Mapping[str, str]) -> Generator[None]:
     """Variables that a process started meanwhile inherits; the C library reads them when it begins."""
     before = {name: os.environ.get(name) for name in more}
     os.environ.update(more)
