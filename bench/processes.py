@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import time
+from collections.abc import Generator, Mapping
 from functools import partial
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -14,16 +16,18 @@ import torch
 
 from bench.models import build
 from pipecompile.ir.tree import flatten
+from pipecompile.runtime.allocator import ENVIRONMENT
 
 
 class _Pinned:
     """A process that does one thing over and over for a given time, on request."""
 
-    def __init__(self, serve: Any, *job: Any) -> None:
+    def __init__(self, serve: Any, *job: Any, keeping: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, child = context.Pipe()
         self._process = context.Process(target=serve, args=(child, *job), daemon=True)
-        self._process.start()
+        with _environment(ENVIRONMENT if keeping else {}):
+            self._process.start()
         child.close()
         self._pipe.recv()
 
@@ -58,14 +62,32 @@ class EagerProcess(_Pinned):
 
 
 class StageProcess(_Pinned):
-    """Runs every stage of a pipeline alone, in turns, on one core: mean seconds of each."""
+    """Runs every stage of a pipeline alone, in turns, on one core: mean seconds of each.
 
-    def __init__(self, pipe: Any, example: tuple[Any, ...], core: int) -> None:
+    With ``keeping`` the process keeps freed memory as workers do.
+    """
+
+    def __init__(self, pipe: Any, example: tuple[Any, ...], core: int, *, keeping: bool = False) -> None:
         state = {name: tensor.detach().clone() for name, tensor in pipe._engine.state.current().items()}
         leaves = dict(zip(pipe.package.input_names, flatten((example, {}))[0], strict=True))
         edges = [(edge.source, edge.target, edge.values) for edge in pipe.program.edges]
         modules = [(m.source, m.stages[0], m.state) for m in pipe.package.modules]
-        super().__init__(_serve_stages, modules, edges, state, leaves, core)
+        super().__init__(_serve_stages, modules, edges, state, leaves, core, keeping=keeping)
+
+
+@contextlib.contextmanager
+def _environment(more: Mapping[str, str]) -> Generator[None]:
+    """Variables that a process started meanwhile inherits; the C library reads them when it begins."""
+    before = {name: os.environ.get(name) for name in more}
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _prepare(cores: list[int], threads: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipecompile.runtime.trial import stream_rates
+from pipecompile.runtime.trial import leads, stream_rates
 from replicated import Net, compiled, net, samples
 
 
@@ -38,3 +38,10 @@ def test_a_trial_touches_no_weight_and_gives_a_rate_for_each() -> None:
         rates = stream_rates([two.package, two.package], two._engine.state.current(), [x], seconds=0.02)
         assert len(rates) == 2
         assert all(10 < each < 1e6 for each in rates)
+
+
+def test_a_lead_shows_in_every_turn_but_one() -> None:
+    assert leads([[10.0, 11.0]] * 5)
+    assert leads([[10.0, 11.0]] * 4 + [[10.0, 9.0]])
+    assert not leads([[10.0, 11.0]] * 3 + [[10.0, 9.0]] * 2)
+    assert not leads([[10.0, 10.1]] * 5)

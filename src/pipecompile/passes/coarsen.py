@@ -1,42 +1,71 @@
 """Coarsen: merge layers that no good plan parts, so that large models are planned faster.
 
-Two kinds of merge. *Lossless*: a layer that costs nothing joins the only layer it reads from, or
-the only one that reads it, where the border beyond it is no heavier; some optimum keeps them
-together, where devices may be idle (up to the latency of a message, where messages have one). *Bounded*: neighbours join along
-the heaviest transfers as long as a group stays below ``share`` of an even stage, so that a border
-lies less than that away from any layer, on each path it crosses. What planning groups loses in the end
-is never guessed: the plan is judged on the layers, against a bound on the plans of the layers.
+Three kinds of merge, in this order. *Lossless*: a layer that costs nothing joins the only layer it reads
+from, or the only one that reads it, where the border beyond it is no heavier; some optimum keeps them
+together. *Bounded* (``passes/followers.py``): layers join what they follow, as long as it is proved that the
+optimum of the groups is at most ``loss`` above the optimum of the layers. *Unproved*, only where these leave
+more than ``most`` groups: neighbours join along the heaviest transfers while a group stays below ``share`` of
+an even stage.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 from networkx.utils import UnionFind
 
+from pipecompile.passes.followers import covered, follow, messages
 from pipecompile.passes.partition.contract import Contraction, contract
+from pipecompile.passes.partition.even import floor
 from pipecompile.passes.partition.problem import HOST, Problem, Value
 
 
 @dataclass(frozen=True)
+class Coarsened(Contraction):
+    """A contraction whose optimum is at most ``excess`` seconds above the layers' (infinite: not proved)."""
+
+    excess: float
+
+
+@dataclass(frozen=True)
 class Coarsen:
-    """Merge layers until at most ``most`` groups are left, or every merge would exceed ``share`` of a stage."""
+    """Merge layers until at most ``most`` groups are left, or every merge would lose too much.
+
+    ``loss`` is what bounded merges may lose, as a part of the least possible load; ``share`` bounds the groups
+    of unproved merges, as a part of an even stage (0: none are made).
+    """
 
     most: int = 200
     share: float = 0.02
+    loss: float = 0.02
 
-    def apply(self, problem: Problem) -> Contraction:
-        """The problem with its layers merged: lossless merges all, bounded ones as far as needed."""
-        merged = _chain(contract(problem, problem.together), lossless)
-        while len(merged.groups) > self.most:
+    def apply(self, problem: Problem) -> Coarsened:
+        """The problem with its layers merged; bounded and unproved merges only as far as needed."""
+        merged, excess = contract(problem, problem.together), inf
+        if covered(merged.problem):
+            merged, excess = _chain(merged, lossless(merged.problem)), messages(problem)
+            merged, excess = self._bounded(merged, excess)
+        else:
+            merged = _chain(merged, lossless(merged.problem))
+        while len(merged.groups) > self.most and self.share:
             before = len(merged.groups)
-            merged = _chain(merged, self._round)
+            merged, excess = _chain(merged, self._round(merged.problem)), inf
             if len(merged.groups) > 0.98 * before:
                 break
-        return merged
+        return Coarsened(merged.problem, merged.groups, excess)
+
+    def _bounded(self, merged: Contraction, excess: float) -> tuple[Contraction, float]:
+        """Rounds of followers, each of which may lose half of what the ones before left."""
+        most = self.loss * floor(merged.problem)
+        while len(merged.groups) > self.most and excess < most:
+            pairs, more = follow(merged.problem, (most - excess) / 2)
+            if not pairs:
+                break
+            merged, excess = _chain(merged, pairs), excess + more
+        return merged, excess
 
     def _round(self, problem: Problem) -> list[tuple[int, int]]:
         """Pairs to merge, each layer in one at most: the heaviest transfers first."""
@@ -54,9 +83,9 @@ class Coarsen:
         return pairs
 
 
-def _chain(before: Contraction, step: Callable[[Problem], list[tuple[int, int]]]) -> Contraction:
+def _chain(before: Contraction, pairs: list[tuple[int, int]]) -> Contraction:
     """Merge further what is merged already."""
-    after = contract(before.problem, step(before.problem))
+    after = contract(before.problem, pairs)
     groups = tuple(tuple(v for part in group for v in before.groups[part]) for group in after.groups)
     return Contraction(after.problem, groups)
 
@@ -140,4 +169,4 @@ def _end(problem: Problem, layer: int, made: list[Value], read: list[Value]) -> 
     return None
 
 
-__all__ = ["Coarsen", "lossless"]
+__all__ = ["Coarsen", "Coarsened", "lossless"]

@@ -15,29 +15,37 @@ from pipecompile.ir.package import Package
 from pipecompile.runtime.executor import Executor
 from pipecompile.runtime.session import Session
 
-#: Turns of each package, and results each gives at least in a turn besides those that fill it.
-TURNS, FEWEST = 5, 8
+#: Turns of each package at most, and those after which a clear lead ends the trial.
+TURNS, CLEAR = 11, 5
+
+#: A package leads clearly where it was faster by this factor or more in every turn but one at most.
+LEAD = 1.03
+
+#: Results each gives at least in a turn besides those that fill it.
+FEWEST = 16
 
 
 def stream_rates(
     packages: Sequence[Package],
     tensors: Mapping[str, torch.Tensor],
     leaves: Sequence[Any],
-    seconds: float = 0.25,
-    budget: float = 6.0,
+    seconds: float = 0.4,
+    budget: float = 12.0,
 ) -> list[float]:
-    """Samples a second of each package in steady state: medians of some turns of about ``seconds`` each.
+    """Samples a second of each package in steady state, in some turns of about ``seconds`` each.
 
-    All of them are started before the first turn, so that a change of the machine's speed meets them
-    alike. After ``budget`` seconds no further round of turns is begun. ``tensors`` stay as they are:
-    the workers compute on copies.
+    All of them are started before the first turn, and every second turn goes through them backwards,
+    so that a change of the machine's speed meets them alike. They are compared within each turn: what is
+    returned are the median of the first one's rates, and the others' by the median of their ratios to
+    it. The turns end once one leads all others clearly, or after ``budget`` seconds. ``tensors`` stay as
+    they are: the workers compute on copies.
 
     Raises:
         PipelineError: if a worker does not start or is lost.
         PipecompileError: if the weights cannot be shared.
     """
     private = apart(tensors)
-    found: list[list[float]] = [[] for _ in packages]
+    found: list[list[float]] = []
     with ExitStack() as stack:
         sessions: list[Session] = []
         for package in packages:
@@ -47,12 +55,25 @@ def stream_rates(
         for session in sessions:  # the first samples of a worker are slow
             _rate(session, leaves, 0.0, 1)
         begun = time.perf_counter()
-        for _ in range(TURNS):
-            for session, rates, round in zip(sessions, found, rounds, strict=True):
-                rates.append(_rate(session, leaves, seconds, round))
-            if time.perf_counter() - begun > budget:
+        for turn in range(TURNS):
+            rates = [0.0] * len(sessions)
+            for i in range(len(sessions)) if turn % 2 == 0 else reversed(range(len(sessions))):
+                rates[i] = _rate(sessions[i], leaves, seconds, rounds[i])
+            found.append(rates)
+            if time.perf_counter() - begun > budget or (turn + 1 >= CLEAR and leads(found)):
                 break
-    return [statistics.median(rates) for rates in found]
+    first = statistics.median(rates[0] for rates in found)
+    return [first * statistics.median(rates[i] / rates[0] for rates in found) for i in range(len(packages))]
+
+
+def leads(turns: Sequence[Sequence[float]]) -> bool:
+    """Whether one was faster than every other by ``LEAD`` in every turn but one at most."""
+
+    def ahead(one: int) -> bool:
+        others = [rates[:one] + rates[one + 1 :] for rates in map(list, turns)]
+        return sum(rates[one] < LEAD * max(rest) for rates, rest in zip(turns, others, strict=True) if rest) <= 1
+
+    return any(ahead(one) for one in range(len(turns[0])))
 
 
 def _rate(session: Executor, leaves: Sequence[Any], seconds: float, round: int) -> float:
@@ -90,4 +111,4 @@ def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-__all__ = ["apart", "stream_rates"]
+__all__ = ["apart", "leads", "stream_rates"]

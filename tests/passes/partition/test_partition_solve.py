@@ -44,7 +44,7 @@ def optimal(problem: Problem, solver: SolverName = "auto") -> None:
     """Equal to enumeration in value and proof; and where there is no plan, that is what it says."""
     best = oracles.best_by_enumeration(problem)
     try:
-        solution = solve(problem, time_limit=60.0, gap=0.0, solver=solver)
+        solution = solve(problem, time_limit=900.0, gap=0.0, solver=solver)
     except PlanError:
         event("impossible")
         assert best == oracles.INF

@@ -17,7 +17,7 @@ import pytest
 from pipecompile.passes.partition import Problem, Solution, solve, solvers
 from pipecompile.passes.partition.ilp import build
 from pipecompile.passes.partition.model import Model
-from pipecompile.passes.partition.search import floor
+from pipecompile.passes.partition.even import floor
 from pipecompile.passes.partition.solvers import Answer, Engine, SolverFailed
 from pipecompile.passes.partition.windows import stage_windows
 

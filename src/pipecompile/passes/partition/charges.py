@@ -37,10 +37,14 @@ class _Ledger:
         self.summing: defaultdict[int, Affine] = defaultdict(Affine)
         self.bytes: defaultdict[int, Affine] = defaultdict(Affine)
         self.edges: dict[object, int] = {}
+        self.open = [layer for layer, stage in enumerate(model.decided) if stage is None]
         self.best = [_best_link(self.problem, device) for device in range(len(self.problem.places))]
 
     def within(self, layer: int, group: Devices) -> Affine:
         """1 where the layer lies in one of the group's stages."""
+        only = self.model.decided[layer]
+        if only is not None:
+            return Affine(const=float(self.model.arrangement[only] == group))
         found = Affine()
         for stage in self.stages[group]:
             if stage in self.model.reach(layer):
@@ -67,10 +71,34 @@ class _Ledger:
         self.model.at_least(self.edges[key], because)
         return self.edges[key], new
 
+    def settled(self) -> dict[int, list[int]]:
+        """Layers that have no choice, by their stage."""
+        found: dict[int, list[int]] = {}
+        for layer, stage in enumerate(self.model.decided):
+            if stage is not None:
+                found.setdefault(stage, []).append(layer)
+        return found
+
+    def internal(self, value: Value) -> bool:
+        """Whether a value cannot leave the devices it is made on: most do, once the windows are narrow."""
+        decided, arrangement = self.model.decided, self.model.arrangement
+        made = None if value.producer == HOST else decided[value.producer]
+        if made is None:
+            return False
+        group = arrangement[made]
+        return all(
+            read is not None and (read == made or arrangement[read] == group)
+            for read in map(decided.__getitem__, value.consumers)
+        )
+
     def compute(self) -> None:
         """Seconds of the layers."""
         seconds = [self.problem.seconds(device) for device in range(len(self.problem.places))]
-        for layer in range(self.problem.layers):
+        for stage, layers in self.settled().items():
+            group = self.model.arrangement[stage]
+            for device in group:
+                self.computing[group, device].const += float(seconds[device][layers].sum()) * self.model.scale
+        for layer in self.open:
             for stage in self.model.reach(layer):
                 here, group = self.model.inside(layer, stage), self.model.arrangement[stage]
                 for device in group:
@@ -83,6 +111,8 @@ class _Ledger:
             return
         if value.returned:
             self._returns(value)
+        if self.internal(value):
+            return
         if value.consumers and self.problem.traffic.multicast:
             self._once(value)
             if self.exact and self.problem.link.latency:
@@ -262,13 +292,20 @@ class _Ledger:
     def memory(self) -> None:
         """Bytes of activations and rings; then the limits."""
         problem, arrangement, memory = self.problem, self.model.arrangement, self.problem.memory
+        settled = self.settled()
         for stage, group in enumerate(arrangement):
             flying = -(-memory.in_flight(stage, len(arrangement)) // len(group))
-            for layer, nbytes in enumerate(problem.activations):
-                if nbytes and stage in self.model.reach(layer):
+            for layer in self.open if problem.activations else ():
+                if problem.activations[layer] and stage in self.model.reach(layer):
                     for device in group:
-                        self.bytes[device].add(self.model.inside(layer, stage), flying * nbytes)
+                        self.bytes[device].add(self.model.inside(layer, stage), flying * problem.activations[layer])
+            if problem.activations:
+                held = sum(problem.activations[layer] for layer in settled.get(stage, ()))
+                for device in group:
+                    self.bytes[device].const += flying * held
         for value in problem.values if memory.slots else ():
+            if self.internal(value):
+                continue
             for stage in sorted({s for layer in value.consumers for s in self.model.reach(layer)}):
                 group, column = arrangement[stage], self.model.column()
                 own = Affine() if value.producer == HOST else self.within(value.producer, group)

@@ -32,4 +32,16 @@ def even_cut(problem: Problem, arrangement: Arrangement, order: tuple[int, ...])
     return None if problem.check(placement) else placement
 
 
-__all__ = ["even_cut"]
+def floor(problem: Problem) -> float:
+    """A lower bound of the objective that needs no solver, in seconds: perfect balance or the largest layer."""
+    every = [problem.seconds(device) for device in range(len(problem.places))]
+    quickest = np.min(every, axis=0)
+    if problem.goal.kind == "latency":
+        return float(quickest.sum())
+    speeds = sum(relative_speed(problem, device) for device in range(len(problem.places)))
+    shared = sum(problem.cost) / speeds if isfinite(speeds) else 0.0
+    widest = len(problem.places) if problem.replicas else 1
+    return max(shared, float(quickest.max(initial=0.0)) / widest)
+
+
+__all__ = ["even_cut", "floor"]

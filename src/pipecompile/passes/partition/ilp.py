@@ -44,16 +44,22 @@ def build(
     for u, v in problem.edges:
         for s in range(max(windows.first[u], windows.first[v]), min(windows.last[u], windows.last[v])):
             model.require(model.below(v, s).add(model.below(u, s), -1.0))
-    filled = [Affine(const=1.0) for _ in arrangement]
+    filled: dict[int, Affine | None] = {stage: Affine(const=1.0) for stage in range(len(arrangement))}
+    filled.update((stage, None) for stage in model.decided if stage is not None)
     restricted = set(problem.allowed) | problem.single
     for v in range(problem.layers):
+        if model.decided[v] is not None and v not in restricted:
+            continue
         for s in model.reach(v):
-            filled[s].add(model.inside(v, s), -1.0)
+            row = filled[s]
+            if row is not None:
+                row.add(model.inside(v, s), -1.0)
             if v in restricted and not problem.permits(v, arrangement[s]):
                 model.require(model.inside(v, s))
     if not empties:
-        for row in filled:
-            model.require(row)
+        for row in filled.values():
+            if row is not None:
+                model.require(row)
     add_costs(model, exact)
     return model
 

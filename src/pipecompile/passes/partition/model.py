@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from pipecompile.passes.partition.problem import Arrangement, Assignment, Placement, Problem
 from pipecompile.passes.partition.windows import Windows
@@ -55,6 +56,11 @@ class Model:
     impossible: bool = False
     """Whether a row without columns cannot hold."""
 
+    @cached_property
+    def decided(self) -> list[int | None]:
+        """The stage of each layer whose window leaves no choice; None of the others."""
+        return [a if a == b else None for a, b in zip(self.windows.first, self.windows.last, strict=True)]
+
     def column(self, lower: float = 0.0, upper: float = 1.0) -> int:
         """A new column within the bounds."""
         self.lower.append(lower)
@@ -70,6 +76,9 @@ class Model:
 
     def inside(self, layer: int, stage: int) -> Affine:
         """``x``: 1 where the layer lies in the stage."""
+        only = self.decided[layer]
+        if only is not None:
+            return Affine(const=float(stage == only))
         return self.below(layer, stage).add(self.below(layer, stage - 1), -1.0)
 
     def reach(self, layer: int) -> range:

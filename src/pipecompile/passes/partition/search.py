@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -9,16 +10,14 @@ from itertools import islice
 from math import inf, isfinite
 from typing import Literal
 
-import numpy as np
-
 from pipecompile.errors import PlanError
-from pipecompile.passes.partition.classes import arrangements, classes_of, relative_speed
+from pipecompile.passes.partition.classes import arrangements, classes_of
 from pipecompile.passes.partition.contract import forced
 from pipecompile.passes.partition.diagnose import explain
-from pipecompile.passes.partition.downsets import Family, all_downsets, chain, orders
+from pipecompile.passes.partition.downsets import Family, all_downsets, around, chain, orders
 from pipecompile.passes.partition.dynamic import TIE, Dynamic, Outcome
 from pipecompile.passes.partition.load import Verdict, judge
-from pipecompile.passes.partition.even import even_cut
+from pipecompile.passes.partition.even import even_cut, floor
 from pipecompile.passes.partition.pairs import TooMany, pairs_of
 from pipecompile.passes.partition.problem import Arrangement, Placement, Problem
 from pipecompile.passes.partition.programs import Programs, Task
@@ -44,6 +43,9 @@ MOST_ARRANGEMENTS = 400
 #: Seconds for the first program of each order of the devices, and the share of what is left then
 #: that goes into improving the best plan.
 FIRST_TURN, POLISH = 0.5, 0.5
+
+#: Share of the time for random orders of the layers, and how many in a row may be in vain.
+REORDER, PATIENCE = 0.25, 16
 
 #: Undecided choices above which a program is unlikely to be solved in its first turn: the best plan is
 #: improved before it, which narrows the windows.
@@ -91,7 +93,7 @@ def solve(
     ``gap``. ``auto`` tries HiGHS, then CBC; ``highs`` and ``cbc`` leave out the program over all
     downsets; ``none`` the integer program. Of a graph with more layers than ``coarsen`` so many merged
     groups are planned, in half the time, and only the borders of that plan are improved on the layers;
-    the bound then is the plain one of even shares.
+    the bound then is that of the groups less what merging them can lose, or the plain one of even shares.
 
     Raises:
         PlanError: if no placement meets the constraints (with the constraint and the amount), if
@@ -174,13 +176,31 @@ class _Search:
         """Plan the problem with layers merged to ``most`` groups, in a share of the time left."""
         from pipecompile.passes.coarsen import Coarsen
 
-        merged = Coarsen(most, share=4 / most).apply(self.problem)
+        # Devices may be idle, which is what makes bounds of groups bounds of layers.
+        merged = Coarsen(most, share=4 / most).apply(replace(self.problem, idle=True))
         if len(merged.groups) < self.problem.most_stages or len(merged.groups) == self.problem.layers:
             return
-        search = _Search(merged.problem, self.gap, time.perf_counter() + share * self.left)
-        search.run(solver)
-        if search.best is not None and self.offer([merged.expand(search.best)], f"{search.name}, merged"):
-            self.notes.append(f"{self.problem.layers} layers were planned as {len(merged.groups)} groups first")
+        deadline = time.perf_counter() + share * self.left
+        for problem in (merged.problem, replace(merged.problem, idle=False)):
+            search = _Search(problem, self.gap, deadline)
+            search.run(solver)
+            if problem.idle:
+                self._raise_bound(search.bound - merged.excess)
+            plan = None if search.best is None else merged.expand(search.best)
+            if plan is None or self.problem.check(plan):
+                continue  # it leaves devices idle
+            if self.offer([plan], f"{search.name}, merged"):
+                loss = f" (at most {merged.excess / self.bound:.1%} lost)" if merged.excess < inf and self.bound else ""
+                self.notes.append(f"{self.problem.layers} layers were planned as {len(merged.groups)} groups first{loss}")
+            break
+
+    def reorder(self, deadline: float) -> None:
+        """Run the dynamic program along random orders around the best plan, as long as that helps."""
+        rng, turn, fruitless = random.Random(0), 0, 0
+        while self.best is not None and not self.closed and fruitless < PATIENCE and time.perf_counter() < deadline:
+            before = self.objective
+            self._dynamic(chain(around(self.problem, self.best.stage_of, rng, turn)), "chain")
+            turn, fruitless = turn + 1, 0 if self.objective < before else fruitless + 1
 
     def polish(self, solver: SolverName) -> None:
         """Improve the borders of the best plan in what time is left."""
@@ -277,6 +297,7 @@ class _Search:
         with Programs(self, names, empties) as programs:
             if len(tasks) == 1 and self.best is not None:
                 if programs.windows(found[0], self.objective).undecided > HARD:
+                    self.reorder(time.perf_counter() + self.left * REORDER)
                     programs.polish(time.perf_counter() + self.left * POLISH)
             for round in range(3):
                 # A short turn each; then the best plan is improved; then the easy ones come first, so that
@@ -298,16 +319,4 @@ class _Search:
             self._raise_bound(min(lowest, self.objective))
 
 
-def floor(problem: Problem) -> float:
-    """A lower bound of the objective that needs no solver, in seconds: perfect balance or the largest layer."""
-    every = [problem.seconds(device) for device in range(len(problem.places))]
-    quickest = np.min(every, axis=0)
-    if problem.goal.kind == "latency":
-        return float(quickest.sum())
-    speeds = sum(relative_speed(problem, device) for device in range(len(problem.places)))
-    shared = sum(problem.cost) / speeds if isfinite(speeds) else 0.0
-    widest = len(problem.places) if problem.replicas else 1
-    return max(shared, float(quickest.max(initial=0.0)) / widest)
-
-
-__all__ = ["AGREE", "Solution", "SolverName", "floor", "solve"]
+__all__ = ["AGREE", "Solution", "SolverName", "solve"]
