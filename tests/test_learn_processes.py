@@ -118,6 +118,45 @@ def test_a_worker_that_raises_hangs_or_dies_is_named(what: str, error: type[Exce
             pipe.learn(samples)
 
 
+class Counting(torch.optim.Optimizer):
+    """Adds one to every weight, one weight after the other, and takes its time."""
+
+    def __init__(self, weights: list[Any]) -> None:
+        super().__init__(weights, {"lr": 1.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.add_(1.0)
+                time.sleep(0.002)
+
+
+def test_a_worker_that_dies_in_an_update_leaves_the_weights_of_the_one_before() -> None:
+    """Under weight stashing updates are made beside what forwards have read, and count when they are complete."""
+    model = network()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    with learning(model, 3, executor="process", optimizer=Counting, loss_fn=lambda r, t: r.sum() + t.sum()) as pipe:
+        seen = list[int]()
+
+        def note(result: Learned) -> None:
+            seen.append(result.seq)
+            if result.seq == 20:
+                os.kill(pids(pipe)[0], signal.SIGKILL)
+
+        with pytest.raises(WorkerDied, match=r"device 0 .* was killed by SIGKILL"):
+            deque(map(note, pipe.learn(stream(400))), maxlen=0)
+    tensors = pipe._weights.current()
+    counts = [
+        {float(value) for name in pipe.learn_package.owned[stage] for value in tensors[name].detach().flatten()}
+        for stage in range(3)
+    ]
+    assert all(len(values) == 1 for values in counts), counts
+    first, second, last = (value for (value,) in counts)
+    assert 10 < first <= second <= last <= len(seen) + 6
+
+
 def test_closing_in_the_middle_computes_what_is_inside_and_leaves_nothing() -> None:
     before = descriptors()
     pipe = learning(network(), 2, executor="process")

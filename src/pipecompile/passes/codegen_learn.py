@@ -250,7 +250,7 @@ class _RunWriter:
         lines += [f"yield {_port(e, receives=True)}" for e in self.into if e.backward]
         if self.newest:
             lines += ["if sample > start:", *(f"    {post}" for post in self._posts("sample - 1", backward=False))]
-        lines += [*self._posts("sample"), "return sample"]
+        lines += [*self._posts("sample"), "weights.settle()", "return sample"]
         return lines
 
     def _stream(self, ahead: int, turn: int) -> list[str]:

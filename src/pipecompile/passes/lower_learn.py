@@ -140,7 +140,7 @@ def _refuse_tied(graph: ModelGraph, plan: Plan, gradients: Gradients) -> None:
         if len(stages) > 1:
             raise PlanError(
                 f"weight {names[name]!r} is used in stages {stages}: mode='learn' updates a weight in one stage only. "
-                "Keep its users together (leaf= of a module that holds them), or use fewer devices"
+                "The last stage makes the model's result of it: leave it out of the result, or use one device"
             )
 
 
