@@ -6,8 +6,8 @@ Every sample carries its number, and so does its target. The loss refuses a targ
 sample's. One sample in seven has no target, one in a thousand a loss that is infinite. Checked of
 every result: its number, that its output is its own sample's, whether it was learned from, and which
 version of the weights each stage read, against a count kept here. A second stream, as long, comes
-twice as fast as the first went through, and drops what finds no room. Memory is PSS of this process, its workers and the
-server they are forked from. The first thing that does not add up ends the program with an error.
+twice as fast as the first went through, and drops what finds no room. Memory is PSS of this process,
+its workers and the server they are forked from. The first thing that does not add up ends the program with an error.
 """
 
 from __future__ import annotations
