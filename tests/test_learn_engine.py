@@ -206,12 +206,13 @@ def test_rates_scale_with_the_delay_and_can_be_set() -> None:
         assert [d.updates.optimizers[i].param_groups[0]["lr"] for i, d in enumerate(devices)] == [0.6 / 3, 0.3, 0.6]
 
 
-def test_frozen_stages_are_not_gone_back_through() -> None:
+@pytest.mark.parametrize("updates", ["weight_stashing", "sideways"])
+def test_frozen_stages_are_not_gone_back_through(updates: str) -> None:
     model = network()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(("c.", "last.")))
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with learning(model, 3) as pipe:
+    with learning(model, 3, updates) as pipe:
         assert [r.seq for r in pipe.learn(stream(N))] == list(range(N))
         assert pipe.snapshot()["updates"] == N
         assert not any(edge.backward and edge.target == 0 for edge in pipe.program.edges)
@@ -238,6 +239,12 @@ def test_what_makes_no_sense_is_refused() -> None:
         learning(network(), 2, accumulate=0)
     with pytest.raises(InputError, match="updates='never': choose one of 'sync', 'weight_stashing'"):
         learning(network(), 2, "never")
+    with pytest.raises(InputError, match=r"accumulate=1\.5: it counts samples"):
+        learning(network(), 2, accumulate=1.5)
+    with pytest.raises(InputError, match=r"optimizer= is a SGD already; every stage has its own: .*partial"):
+        learning(network(), 2, optimizer=SGD(list(network().parameters())))
+    with pytest.raises(InputError, match=r"optimizer= cannot update a weight \(TypeError: .*closure"):
+        learning(network(), 2, optimizer=torch.optim.LBFGS)
 
     with learning(network(), 2) as pipe, pytest.raises(InputError, match="sample 0 is no pair"):
         list(pipe.learn([torch.ones(1)]))

@@ -69,6 +69,7 @@ def compile_learning(
 ) -> LearningPipeline:
     """See :func:`pipecompile.compile`; ``args`` and ``kwargs`` are one sample."""
     _check(updates, clock, accumulate, on_nonfinite, on_failure)
+    copies = _copies(optimizer)
     if snapshot_every < 1:
         raise InputError(f"snapshot_every={snapshot_every}: it counts samples, 1 or more")
     tell, ahead = progress or silent, 1 if ahead is None else ahead
@@ -100,7 +101,7 @@ def compile_learning(
         Recompute(),
         MeasureStep(profile_seconds / 8),
         time_limit,
-        copies_kept(optimizer),
+        copies,
         list(tied.values()),
         update,
     ).candidate("1f1b", _with_updates(training_profile(graph, measured, gradients), traced, names, update(0, 1, names)))
@@ -185,6 +186,21 @@ def target_spec(target: Any) -> TargetSpec:
     return TargetSpec(tree, tuple(TensorSpec.of(leaf) for leaf in leaves))
 
 
+def _copies(optimizer: OptimizerFactory) -> float:
+    """See :func:`copies_kept`.
+
+    Raises:
+        InputError: if it makes no optimizer of a list of weights, or one that asks for more than gradients.
+    """
+    hint = "give what makes one for a list of weights, such as functools.partial(torch.optim.SGD, lr=0.1)"
+    if isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(f"optimizer= is a {type(optimizer).__name__} already; every stage has its own: {hint}")
+    try:
+        return copies_kept(optimizer)
+    except Exception as error:
+        raise InputError(f"optimizer= cannot update a weight ({type(error).__name__}: {error}): {hint}") from error
+
+
 def _check(updates: str, clock: str, accumulate: int | None, on_nonfinite: str, on_failure: str) -> None:
     for name, value, choices in (
         ("updates", updates, ("sync", "weight_stashing", "2bw", "stale", "sideways")),
@@ -194,6 +210,8 @@ def _check(updates: str, clock: str, accumulate: int | None, on_nonfinite: str, 
     ):
         if value not in choices:
             raise InputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+    if accumulate is not None and not isinstance(accumulate, int):  # type: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"accumulate={accumulate!r}: it counts samples, 1 or more")
     if accumulate is not None and accumulate < 1:
         raise PlanError(f"accumulate={accumulate}: an update takes one sample at least")
 

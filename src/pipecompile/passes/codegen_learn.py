@@ -57,7 +57,8 @@ class CodegenLearn:
         device: DeviceProgram,
     ) -> DeviceModule:
         emit, (stage,) = StepEmitter(graph, module), device.stages
-        newest = self.rule.updates == "sideways" and self.rule.ahead(stage, len(plan.stages)) > 0
+        learns = any(step.op is Op.BACKWARD for step in device.body)
+        newest = learns and self.rule.updates == "sideways" and self.rule.ahead(stage, len(plan.stages)) > 0
         writer = _LearnStage(emit, plan, program, gradients, device, stage, self.width)
         writer.more = ", retain_graph=True" if newest else ""
         parts = [writer.source(), _RunWriter(program, device, writer, newest).source()]

@@ -76,7 +76,7 @@ class LowerLearn:
         (stage,) = device.stages
         into = [e for e in edges if e.target == stage]
         out = [e for e in edges if e.source == stage]
-        early = self.rule.updates == "sideways" and self.rule.ahead(stage, stages) > 0
+        early = stage in learns and self.rule.updates == "sideways" and self.rule.ahead(stage, stages) > 0
         # Without a backward nothing keeps a stage from being as far ahead as its rings let it.
         own = device if stage in learns else replace(
             device, warm_up=(), body=(Instruction(Op.FORWARD, stage, 0),), turn=1
