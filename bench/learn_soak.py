@@ -115,7 +115,7 @@ def soak(executor: Any, count: int, updates: Any, progress: Progress) -> Iterato
     (x, number), target = next(samples(0, 1))
     pipe = pipecompile.compile(
         Numbered(), (x, number), mode="learn", devices=2, updates=updates, loss_fn=Own(), optimizer=SGD,
-        example_targets=target, on_nonfinite="skip", executor=executor, profile_seconds=0.1,
+        example_targets=target, on_nonfinite="skip", executor=executor, profile_seconds=0.1, hang_seconds=3600.0,
     )  # fmt: skip
     with pipe:
         delays = [pipe.rule.ahead(stage, 2) for stage in range(2)]
