@@ -2,9 +2,12 @@
 
 scikit-learn's 1,797 images of 8x8 are a stream: each is classified first, then learned from. The share
 of right answers so far is the prequential accuracy. ``--hold 8`` shows each digit for eight samples in
-a row, as a slow video would; only the first look at it counts.
+a row, as a slow video would; only the first look at it counts. ``--passes 10 --shift`` makes a longer
+stream in which hardly a sample comes twice: each digit is moved by a pixel at random. With several
+``--rates`` every rule learns at each of them, and is compared at its best.
 
     python examples/learn_digits.py [--seeds 5] [--stages 2 3 4] [--clocks 1f1b lockstep] [--hold 8]
+    python examples/learn_digits.py --rates 0.01 0.02 0.04 --passes 10 --shift
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,53 +34,57 @@ import pipecompile
 
 FOLDER = Path(__file__).resolve().parent.parent / "build" / "learn_digits"
 RULES = ["sync", "weight_stashing", "2bw", "stale", "sideways"]
-RATE, WINDOW = 0.01, 100
-SGD = partial(torch.optim.SGD, lr=RATE)
+WINDOW = 100
 LOSS = nn.CrossEntropyLoss()
 
 Sample = tuple[Tensor, Tensor]
-Way = tuple[str, int, str]  # rule, stages, clock
+Way = tuple[str, int, str]  # rule, stages, clock; a rule "plain SGD" has samples an update in place of stages
+Runs = dict[Way, dict[float, list[list[bool]]]]  # per learning rate and seed: right or wrong
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rules", nargs="+", default=RULES, choices=RULES)
+    parser.add_argument("--rules", nargs="*", default=RULES, choices=RULES)
     parser.add_argument("--stages", nargs="+", type=int, default=[2])
     parser.add_argument("--clocks", nargs="+", default=["1f1b"], choices=["1f1b", "lockstep"])
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.01], help="learning rates")
+    parser.add_argument("--momentum", type=float, default=0.0)
     parser.add_argument("--seeds", type=int, default=1, help="how often, with other weights and another order")
-    parser.add_argument("--digits", type=int, default=1797, help="how many digits the stream has")
+    parser.add_argument("--digits", type=int, default=1797, help="how many digits a pass has")
+    parser.add_argument("--passes", type=int, default=1, help="how often each digit comes, in a new order")
+    parser.add_argument("--shift", action="store_true", help="move each digit by a pixel or none, at random")
     parser.add_argument("--hold", type=int, default=1, help="for how many samples in a row each digit is shown")
     parser.add_argument("--executor", default="process", choices=["process", "inline"])
     options = parser.parse_args()
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110)
     torch.set_num_threads(1)
     ways = [(rule, stages, clock) for rule in options.rules for stages in options.stages for clock in options.clocks]
-    groups = sorted({1, *(group_size(*way) for way in ways)})
-
-    plain: dict[int, list[list[bool]]] = {m: [] for m in groups}  # per size of group and seed: right or wrong
-    right: dict[Way, list[list[bool]]] = {way: [] for way in ways}
-    equal = True
+    plain = [("plain SGD", m, "") for m in sorted({1, *(group_size(*way) for way in ways)})]
+    right: Runs = {way: {rate: [] for rate in options.rates} for way in (*plain, *ways)}
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("plain SGD", total=options.seeds * (len(groups) + len(ways)))
+        task = progress.add_task("", total=options.seeds * len(options.rates) * len(right))
         for seed in range(options.seeds):
-            samples = stream(seed, options.digits, options.hold)
-            for m in groups:
-                plain[m].append(hits(plain_sgd(network(seed), samples, m), samples, options.hold))
-                progress.advance(task)
-            for way in ways:
-                progress.update(task, description=f"{way[0]}, {way[1]} stages, {way[2]}")
-                outputs = pipelined(network(seed), samples, way, options.executor)
-                right[way].append(hits(outputs, samples, options.hold))
-                if way[0] == "sync":
-                    equal = equal and right[way][-1] == plain[1][-1]
+            samples = stream(seed, options.digits, options.passes, options.shift, options.hold)
+            for way, rate in product(right, options.rates):
+                progress.update(task, description=f"{named(way)}, learning rate {rate:g}")
+                sgd = partial(torch.optim.SGD, lr=rate, momentum=options.momentum)
+                outputs = (
+                    plain_sgd(network(seed), samples, way[1], sgd)
+                    if way in plain
+                    else pipelined(network(seed), samples, way, sgd, options.executor)
+                )
+                right[way][rate].append(hits(outputs, samples, options.hold))
                 progress.advance(task)
 
-    console.print(f"stream     {len(samples)} samples, {options.seeds} seeds, learning rate {RATE}")
-    console.print(table(plain, right))
+    rates = ", ".join(f"{rate:g}" for rate in options.rates)
+    console.print(f"stream     {len(samples)} samples, {options.seeds} seeds, learning rate {rates}")
+    console.print(table(right))
+    if len(options.rates) > 1:
+        console.print(grid(right))
+    equal = all(right[way] == right[plain[0]] for way in ways if way[0] == "sync")
     if "sync" in options.rules:
         console.print("sync       " + ("answers as plain SGD does, every time" if equal else "differs from plain SGD"))
-    curves = {"plain SGD": plain[1], **{named(way): found for way, found in right.items()}}
-    console.print(f"plot       {draw(curves)}")
+    console.print(f"plot       {draw({named(way): runs[best(runs)] for way, runs in right.items()})}")
     return 0 if equal else 1
 
 
@@ -102,18 +111,25 @@ def network(seed: int) -> nn.Module:
     return nn.Sequential(layers)
 
 
-def stream(seed: int, digits: int, hold: int) -> list[Sample]:
+def stream(seed: int, digits: int, passes: int, shift: bool, hold: int) -> list[Sample]:
     """Images, normalised, and labels, in an order of this seed's."""
     data = load_digits()
     images, labels = torch.tensor(data.images, dtype=torch.float32), torch.tensor(data.target)
     images = (images - images.mean()) / images.std()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:digits]
-    return [(images[i][None, None], labels[i][None]) for i in order for _ in range(hold)]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(len(labels), generator=generator)[:digits] for _ in range(passes)])
+    shown = images[order]
+    if shift:
+        moves = torch.randint(-1, 2, (len(order), 2), generator=generator).tolist()
+        dark = nn.functional.pad(shown, (1, 1, 1, 1), value=float(images.min()))
+        shown = torch.stack([image[1 - y : 9 - y, 1 - x : 9 - x] for image, (y, x) in zip(dark, moves, strict=True)])
+    pairs = zip(shown, labels[order], strict=True)
+    return [(image[None, None], label[None]) for image, label in pairs for _ in range(hold)]
 
 
-def plain_sgd(model: nn.Module, samples: Sequence[Sample], m: int) -> Iterator[Tensor]:
+def plain_sgd(model: nn.Module, samples: Sequence[Sample], m: int, sgd: Any) -> Iterator[Tensor]:
     """One sample after the other in plain PyTorch, with an update every ``m``."""
-    optimizer = SGD(model.parameters())
+    optimizer = sgd(model.parameters())
     for k, (x, y) in enumerate(samples):
         output = model(x)
         (LOSS(output, y) / m).backward()
@@ -123,15 +139,16 @@ def plain_sgd(model: nn.Module, samples: Sequence[Sample], m: int) -> Iterator[T
         yield output.detach()
 
 
-def pipelined(model: nn.Module, samples: Sequence[Sample], way: Way, executor: str) -> Iterator[Tensor]:
+def pipelined(model: nn.Module, samples: Sequence[Sample], way: Way, sgd: Any, executor: str) -> Iterator[Tensor]:
     """The same through a pipeline."""
     rule, stages, clock = way
     x, y = samples[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pipecompile.PipecompileWarning)  # stages share cores, or are too short to pay
         pipe = pipecompile.compile(
-            model, (x,), mode="learn", loss_fn=LOSS, optimizer=SGD, updates=rule, clock=clock, devices=stages,
+            model, (x,), mode="learn", loss_fn=LOSS, optimizer=sgd, updates=rule, clock=clock, devices=stages,
             accumulate=group_size(*way), example_targets=y, executor=executor, profile_seconds=0.2,
+            on_nonfinite="skip",
         )  # fmt: skip
     with pipe:
         for result in pipe.learn(samples):
@@ -148,31 +165,55 @@ def accuracy(runs: list[list[bool]], last: int = 0) -> list[float]:
     return [100 * statistics.fmean(run[-last:]) for run in runs]
 
 
+def best(runs: dict[float, list[list[bool]]]) -> float:
+    """The learning rate with the most right answers."""
+    return max(runs, key=lambda rate: statistics.fmean(accuracy(runs[rate])))
+
+
+def samples_an_update(way: Way) -> int:
+    return way[1] if way[0] == "plain SGD" else group_size(*way)
+
+
 def named(way: Way) -> str:
-    return f"{way[0]}, {way[1]} stages, {way[2]}"
+    rule, count, clock = way
+    return f"plain SGD, m = {count}" if not clock else f"{rule}, {count} stages, {clock}"
 
 
-def table(plain: dict[int, list[list[bool]]], right: dict[Way, list[list[bool]]]) -> Table:
+def spread(values: list[float], sign: str = "") -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):{sign}.1f} ± {deviation:.1f}"
+
+
+def table(right: Runs) -> Table:
+    """Every way at its best learning rate."""
     made = Table(
         title="prequential accuracy in %, mean ± standard deviation over seeds; m samples an update",
         title_justify="left",
     )
-    for heading in ("updates", "stages", "clock", "m"):
+    for heading in ("updates", "m", "rate"):
         made.add_column(heading)
     for heading in ("all", "last 500", "- SGD", "- SGD, same m"):
         made.add_column(heading, justify="right")
 
-    def row(names: list[str], m: int, runs: list[list[bool]], *, peer: bool) -> None:
-        whole, late = accuracy(runs), accuracy(runs, 500)
-        spread = statistics.stdev(whole) if len(whole) > 1 else 0.0
-        gaps = [statistics.fmean(whole) - statistics.fmean(accuracy(plain[size])) for size in (1, m)]
-        cells = [f"{statistics.fmean(whole):.1f} ± {spread:.1f}", f"{statistics.fmean(late):.1f}"]
-        made.add_row(*names, str(m), *cells, f"{gaps[0]:+.1f}", f"{gaps[1]:+.1f}" if peer else "")
+    def gap(way: Way, m: int) -> str:
+        peer = right["plain SGD", m, ""]
+        pairs = zip(accuracy(right[way][best(right[way])]), accuracy(peer[best(peer)]), strict=True)
+        return spread([one - other for one, other in pairs], "+")
 
-    for m, runs in plain.items():
-        row(["plain SGD", "", ""], m, runs, peer=False)
     for way, runs in right.items():
-        row([way[0], str(way[1]), way[2]], group_size(*way), runs, peer=True)
+        m, rate = samples_an_update(way), best(runs)
+        cells = [named(way), str(m), f"{rate:g}", spread(accuracy(runs[rate]))]
+        late = statistics.fmean(accuracy(runs[rate], 500))
+        made.add_row(*cells, f"{late:.1f}", gap(way, 1), gap(way, m) if way[2] else "")
+    return made
+
+
+def grid(right: Runs) -> Table:
+    """Every way at every learning rate."""
+    rates = list(next(iter(right.values())))
+    made = Table("updates", *(f"{rate:g}" for rate in rates), title="by learning rate", title_justify="left")
+    for way, runs in right.items():
+        made.add_row(named(way), *(spread(accuracy(runs[rate])) for rate in rates))
     return made
 
 
@@ -186,7 +227,7 @@ def draw(curves: dict[str, list[list[bool]]]) -> Path:
         sums = torch.cat([torch.zeros(1), mean.cumsum(0)])
         at = range(1, len(mean) + 1)
         share = [100 * float(sums[i] - sums[max(0, i - WINDOW)]) / min(i, WINDOW) for i in at]
-        figure.add_scatter(x=list(at), y=share, name=name, line={"width": 3 if name == "plain SGD" else 1.5})
+        figure.add_scatter(x=list(at), y=share, name=name, line={"width": 3 if name.startswith("plain") else 1.5})
     figure.update_layout(
         xaxis_title="digits seen", yaxis_title=f"right among the last {WINDOW}, %", template="plotly_white"
     )

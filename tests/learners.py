@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import pipecompile
-from pipecompile import LearningPipeline, train_driver
+from pipecompile import LearningPipeline, learn_driver, train_driver
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.profile import Profile
 from pipecompile.passes.profile import ProfileLayers
@@ -63,6 +63,7 @@ def learning(model: nn.Module, stages: int, updates: Any = "weight_stashing", **
     with (
         mock.patch.object(ProfileLayers, "apply", _alike),
         mock.patch.object(train_driver, "_TOLERANCE", math.inf),
+        mock.patch.object(learn_driver, "update_seconds", return_value=0.0),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", pipecompile.PipecompileWarning)

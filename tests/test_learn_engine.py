@@ -14,7 +14,7 @@ from torch import nn
 
 import pipecompile
 from learners import CLOCKS, RULES, SGD, Sample, learning, network, same, stream
-from pipecompile.errors import InputError, Overloaded, PipelineClosed, PlanError, StepError
+from pipecompile.errors import InputError, Overloaded, PipecompileWarning, PipelineClosed, PlanError, StepError
 
 N = 12
 
@@ -206,12 +206,13 @@ def test_rates_scale_with_the_delay_and_can_be_set() -> None:
         assert [d.updates.optimizers[i].param_groups[0]["lr"] for i, d in enumerate(devices)] == [0.6 / 3, 0.3, 0.6]
 
 
-def test_frozen_stages_are_not_gone_back_through() -> None:
+@pytest.mark.parametrize("updates", ["weight_stashing", "sideways"])
+def test_frozen_stages_are_not_gone_back_through(updates: str) -> None:
     model = network()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(("c.", "last.")))
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with learning(model, 3) as pipe:
+    with learning(model, 3, updates) as pipe:
         assert [r.seq for r in pipe.learn(stream(N))] == list(range(N))
         assert pipe.snapshot()["updates"] == N
         assert not any(edge.backward and edge.target == 0 for edge in pipe.program.edges)
@@ -238,20 +239,71 @@ def test_what_makes_no_sense_is_refused() -> None:
         learning(network(), 2, accumulate=0)
     with pytest.raises(InputError, match="updates='never': choose one of 'sync', 'weight_stashing'"):
         learning(network(), 2, "never")
+    with pytest.raises(InputError, match=r"accumulate=1\.5: it counts samples"):
+        learning(network(), 2, accumulate=1.5)
+    with pytest.raises(InputError, match=r"optimizer= is a SGD already; every stage has its own: .*partial"):
+        learning(network(), 2, optimizer=SGD(list(network().parameters())))
+    with pytest.raises(InputError, match=r"optimizer= cannot update a weight \(TypeError: .*closure"):
+        learning(network(), 2, optimizer=torch.optim.LBFGS)
 
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.a(torch.tanh(self.b(torch.tanh(self.a(x)))))
-
-    with pytest.raises(PlanError, match=r"weight 'a.weight' is used in stages \[0, 1\]"):
-        learning(Tied().double(), 2)
     with learning(network(), 2) as pipe, pytest.raises(InputError, match="sample 0 is no pair"):
         list(pipe.learn([torch.ones(1)]))
     assert pipecompile.LearningPipeline is type(pipe)
+
+
+class Tied(nn.Module):
+    """A weight that the first two layers share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.c, self.d = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.d(torch.tanh(self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))))
+
+
+def tied() -> nn.Module:
+    torch.manual_seed(0)
+    return Tied().double()
+
+
+@pytest.mark.parametrize("updates", ["weight_stashing", "sideways"])
+def test_layers_that_share_a_weight_share_a_stage(updates: str) -> None:
+    plain = partial(torch.optim.SGD, lr=0.0, momentum=1.0)
+    model, samples = tied(), stream(N)
+    optimizer = plain(list(model.parameters()))
+    for x, y in samples:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    with learning(tied(), 3, updates, optimizer=plain) as pipe:
+        names = [[pipe.plan.layer_names[i] for i in stage.layers] for stage in pipe.plan.stages]
+        assert {"a", "b"} <= set(names[0])
+        assert "d" in names[2]
+        assert len(list(pipe.learn(samples))) == N
+        state = pipe.snapshot()["optimizer"]["state"]
+    if updates == "weight_stashing":  # at rate 0 nothing is late
+        for i, parameter in enumerate(model.parameters()):
+            wanted = optimizer.state[parameter]["momentum_buffer"]
+            assert torch.allclose(state[i]["momentum_buffer"], wanted, rtol=1e-12, atol=1e-15)
+
+
+def test_a_weight_shared_by_the_first_and_the_last_layer_leaves_one_stage_and_says_why() -> None:
+    model = tied()
+    assert isinstance(model, Tied)
+    model.c.weight = model.a.weight
+    model.d = nn.Linear(6, 6).double()
+    model.d.weight = model.a.weight
+    with pytest.warns(PipecompileWarning, match=r"'a', 'b', 'c', 'd' share the weight '.\.weight'"):
+        pipe = pipecompile.compile(
+            model, (stream(1)[0][0],), mode="learn", devices=2, loss_fn=nn.functional.cross_entropy, optimizer=SGD,
+            executor="inline", profile_seconds=0.02,
+        )  # fmt: skip
+    with pipe:
+        assert len(pipe.plan.stages) == 1
+        assert [r.seq for r in pipe.learn(stream(3))] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("policy", ["drop_oldest", "drop_newest", "latest"])

@@ -6,7 +6,9 @@ import gc
 import os
 import signal
 import time
+import warnings
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import pipecompile
 from learners import learning, network, same, stream
 from pipecompile import Learned, LearningPipeline
 from pipecompile.errors import PipecompileWarning, PipelineClosed, StepError, WorkerDied, WorkerHung
@@ -118,6 +121,45 @@ def test_a_worker_that_raises_hangs_or_dies_is_named(what: str, error: type[Exce
             pipe.learn(samples)
 
 
+class Counting(torch.optim.Optimizer):
+    """Adds one to every weight, one weight after the other, and takes its time."""
+
+    def __init__(self, weights: list[Any]) -> None:
+        super().__init__(weights, {"lr": 1.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.add_(1.0)
+                time.sleep(0.002)
+
+
+def test_a_worker_that_dies_in_an_update_leaves_the_weights_of_the_one_before() -> None:
+    """Under weight stashing updates are made beside what forwards have read, and count when they are complete."""
+    model = network()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    with learning(model, 3, executor="process", optimizer=Counting, loss_fn=lambda r, t: r.sum() + t.sum()) as pipe:
+        seen = list[int]()
+
+        def note(result: Learned) -> None:
+            seen.append(result.seq)
+            if result.seq == 20:
+                os.kill(pids(pipe)[0], signal.SIGKILL)
+
+        with pytest.raises(WorkerDied, match=r"device 0 .* was killed by SIGKILL"):
+            deque(map(note, pipe.learn(stream(400))), maxlen=0)
+    tensors = pipe._weights.current()
+    counts = [
+        {float(value) for name in pipe.learn_package.owned[stage] for value in tensors[name].detach().flatten()}
+        for stage in range(3)
+    ]
+    assert all(len(values) == 1 for values in counts), counts
+    first, second, last = (value for (value,) in counts)
+    assert 10 < first <= second <= last <= len(seen) + 6
+
+
 def test_closing_in_the_middle_computes_what_is_inside_and_leaves_nothing() -> None:
     before = descriptors()
     pipe = learning(network(), 2, executor="process")
@@ -128,7 +170,7 @@ def test_closing_in_the_middle_computes_what_is_inside_and_leaves_nothing() -> N
     pipe.close()
     assert all(gone(pid) for pid in workers)
     with pytest.raises(PipelineClosed, match="it was closed"):
-        next(results)
+        deque(results, maxlen=0)  # some may have come with the first
     dropped = learning(network(), 2, executor="process")
     list(dropped.learn(stream(2)))
     workers = pids(dropped)
@@ -158,3 +200,72 @@ def test_after_a_death_learning_goes_on_from_the_last_snapshot_and_says_what_is_
         list(pipe.learn(samples))
         assert same(snapshot["model"], dict(pipe.state_dict()))
     assert not same(snapshot["model"], wanted)
+
+
+class OfItsOwn(nn.Module):
+    """Cross entropy that refuses a target which belongs to another sample: both carry their number."""
+
+    def forward(self, result: tuple[torch.Tensor, torch.Tensor], target: tuple[torch.Tensor, int]) -> torch.Tensor:
+        output, number = result
+        labels, own = target
+        if int(number) != int(own):
+            raise AssertionError(f"sample {int(number)} was given the target of {int(own)}")
+        return nn.functional.cross_entropy(output, labels)
+
+
+class Numbered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x: torch.Tensor, number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.inner(x), number + 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["block", "drop_oldest"])
+@pytest.mark.parametrize("updates", ["sync", "weight_stashing", "2bw", "stale", "sideways"])
+def test_five_deaths_lose_no_sample_and_shift_no_target(updates: Any, policy: Any) -> None:
+    total, deaths = 600, {40: 0, 41: 1, 150: 1, 300: 0, 420: 1}  # after how many results which worker is killed
+
+    def source() -> Any:
+        for k, (x, y) in enumerate(stream(total)):
+            if policy != "block":
+                time.sleep(0.004)
+            yield (x, torch.tensor(k)), None if k % 7 == 3 else (y, torch.tensor(k))
+
+    (x, number), target = next(source())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PipecompileWarning)
+        pipe = pipecompile.compile(
+            Numbered(), (x, number), mode="learn", devices=2, updates=updates, loss_fn=OfItsOwn(),
+            optimizer=partial(torch.optim.SGD, lr=0.01), example_targets=target, on_failure="restart",
+            snapshot_every=16, profile_seconds=0.02,
+        )  # fmt: skip
+    seen: list[int] = []
+    killed = 0
+    with pipe, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", PipecompileWarning)
+        for result in pipe.learn(source(), on_overload=policy):
+            assert int(result.output[1]) == result.seq
+            assert (result.loss is None) == (result.seq % 7 == 3)
+            seen.append(result.seq)
+            if len(seen) in deaths and pipe._learner is not None:
+                os.kill(pids(pipe)[deaths[len(seen)]], signal.SIGKILL)
+                killed += 1
+        counts = pipe.counts
+        assert seen == sorted(set(seen))
+        assert (counts.submitted, counts.delivered, counts.in_flight) == (total, len(seen), 0)
+        assert counts.dropped == total - len(seen)
+        assert policy != "block" or seen == list(range(total))
+        assert killed == 5
+        assert pipe.restarts == 5
+        assert len(said) == 5
+        assert 0 < pipe.relearned < 5 * 40
+        learned = sum(seq % 7 != 3 for seq in seen)
+        assert policy != "block" or updates == "2bw" or pipe.snapshot()["updates"] == learned
+        state = dict(pipe.state_dict())
+    if updates == "sync" and policy == "block":
+        with learning(network(), 1, optimizer=partial(torch.optim.SGD, lr=0.01)) as plain:
+            list(plain.learn([(x, None if k % 7 == 3 else y) for k, (x, y) in enumerate(stream(total))]))
+            assert same({name.removeprefix("inner."): value for name, value in state.items()}, dict(plain.state_dict()))

@@ -18,7 +18,7 @@ from torch import nn
 import pipecompile
 from models.learning import LESSONS, Lesson, Steps, as_planned, chain
 from oracles.learning import Run, Sample, delays, learn
-from pipecompile import train_driver
+from pipecompile import learn_driver, train_driver
 from pipecompile.errors import InputError, PipecompileWarning, PipelineClosed, PlanError, StepError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.profile import Profile
@@ -46,6 +46,7 @@ def every_layer_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ProfileLayers, "apply", apply)
     monkeypatch.setattr(train_driver, "_TOLERANCE", math.inf)
+    monkeypatch.setattr(learn_driver, "update_seconds", lambda *_, **__: 0.0)
 
 
 def compiled(lesson: Lesson, rule: Any, clock: Any, stages: int, optimizer: Any = SGD, **more: Any) -> LearningPipeline:
@@ -234,10 +235,16 @@ def most_saved(rule: str, clock: str, stages: int) -> int:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.value):
             assert len(list(pipe.learn(lesson.samples(30)))) == 30
         held = [weights for weights in gc.get_objects() if type(weights) is StageWeights]
-        copies = {weights._stage: weights.copies for weights in held}
-    ahead = [0] * stages if rule == "sync" else delays(stages, clock)
-    most = {"weight_stashing": [w + 1 if w else 0 for w in ahead], "2bw": [2] * stages}.get(rule, [0] * stages)
-    assert all(copies[stage] <= most[stage] for stage in range(stages)), (rule, clock, copies)
+        sets = {weights._stage: len(weights.sets) for weights in held}
+        ahead = [0] * stages if rule == "sync" else delays(stages, clock)
+        most = {"weight_stashing": [1 + w for w in ahead], "2bw": [2] * stages}.get(rule, [1] * stages)
+        assert [sets[stage] for stage in range(stages)] == most, (rule, clock, sets)
+        assert [pipe.rule.sets(stage, stages) for stage in range(stages)] == most
+        for weights in held:
+            memory = {
+                t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for some in weights.sets for t in some
+            }
+            assert sum(memory.values()) == most[weights._stage] * sum(t.nbytes for t in weights.sets[0])
     return peak
 
 

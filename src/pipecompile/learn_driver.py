@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch import nn
 from pipecompile.eager import eager_models
 from pipecompile.errors import InputError, PipecompileWarning, PlanError
 from pipecompile.ir.cluster import Cluster, Link
-from pipecompile.ir.graph import TensorSpec
+from pipecompile.ir.graph import ModelGraph, TensorSpec
 from pipecompile.ir.learning import Clock, LearnPackage, Rule, TargetSpec, Updates
+from pipecompile.ir.profile import Profile
+from pipecompile.ir.training import Gradients
 from pipecompile.ir.tree import flatten
 from pipecompile.learning import LearningPipeline
 from pipecompile.options import Progress, silent
@@ -26,11 +28,12 @@ from pipecompile.passes.measure_step import MeasureStep
 from pipecompile.passes.plan_step import training_profile
 from pipecompile.passes.profile import ProfileLayers
 from pipecompile.passes.recompute import Recompute
+from pipecompile.passes.trace import Traced
 from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_learn import VerifyLearn
 from pipecompile.runtime.learn import LearnOptions, OnNonfinite
 from pipecompile.runtime.measure import CpuMeasure
-from pipecompile.runtime.update import OptimizerFactory
+from pipecompile.runtime.update import OptimizerFactory, copies_kept
 from pipecompile.schedules.learning import learning
 from pipecompile.streams.engine import OnFailure
 from pipecompile.train_driver import ExampleLoss, StepPlanner, package_of, update_seconds
@@ -66,6 +69,7 @@ def compile_learning(
 ) -> LearningPipeline:
     """See :func:`pipecompile.compile`; ``args`` and ``kwargs`` are one sample."""
     _check(updates, clock, accumulate, on_nonfinite, on_failure)
+    copies = _copies(optimizer)
     if snapshot_every < 1:
         raise InputError(f"snapshot_every={snapshot_every}: it counts samples, 1 or more")
     tell, ahead = progress or silent, 1 if ahead is None else ahead
@@ -77,17 +81,34 @@ def compile_learning(
     tell("profile", 0.3)
     measured = ProfileLayers(profile_seconds).apply(graph, traced.module, traced.tensors, leaves, measure)
     tell("partition", 0.6)
-    # What a stage computes for a sample is what a training step computes for a micro-batch.
+    tied, names = tied_layers(graph, gradients), list(gradients.weights)
+    rule = Rule(updates, clock, 1 if accumulate is None else accumulate)
+
+    def update(stage: int, stages: int, names: Sequence[str]) -> float:
+        moves = stages > 1 and rule.sets(stage, stages) > 1
+        return update_seconds(optimizer, traced, names, moves=moves) / rule.accumulate
+
+    # What a stage computes for a sample is what a training step computes for a micro-batch, and an update.
     chosen = StepPlanner(
-        traced, gradients, leaves, ExampleLoss(copy.deepcopy(loss_fn), graph.out_tree, example_targets), measure,
-        replace(cluster, link=measured.link), 1, LowerStep(ahead), Recompute(), MeasureStep(profile_seconds / 8),
+        traced,
+        gradients,
+        leaves,
+        ExampleLoss(copy.deepcopy(loss_fn), graph.out_tree, example_targets),
+        measure,
+        replace(cluster, link=measured.link),
+        1,
+        LowerStep(ahead),
+        Recompute(),
+        MeasureStep(profile_seconds / 8),
         time_limit,
-    ).candidate("1f1b", training_profile(graph, measured, gradients))  # fmt: skip
+        copies,
+        list(tied.values()),
+        update,
+    ).candidate("1f1b", _with_updates(training_profile(graph, measured, gradients), traced, names, update(0, 1, names)))
     plan = chosen.plan
     if len(plan.cluster.devices) < len(cluster.devices):
-        warnings.warn("; ".join(plan.notes), PipecompileWarning, stacklevel=3)
+        warnings.warn("; ".join([*plan.notes, *map(_said, tied.items())]), PipecompileWarning, stacklevel=3)
     stages = len(plan.stages)
-    rule = Rule(updates, clock, 1 if accumulate is None else accumulate)
     if accumulate is None and updates == "2bw" and stages > 1:
         rule = replace(rule, accumulate=rule.ahead(0, stages) + (clock == "1f1b"))
     tell("codegen", 0.9)
@@ -113,10 +134,43 @@ def compile_learning(
         throttle=throttle,
         on_failure=on_failure,
         snapshot_every=snapshot_every,
-        costs=tuple(
-            replace(cost, update=update_seconds(optimizer, traced, learn.owned.get(stage, ())))
-            for stage, cost in enumerate(chosen.costs)
-        ),
+        costs=chosen.costs,
+    )
+
+
+def tied_layers(graph: ModelGraph, gradients: Gradients) -> dict[str, tuple[str, ...]]:
+    """The model's name of a trained weight -> the layers that use it, where there are several.
+
+    They share a stage: two stages that update one weight at different times would disagree about it.
+    """
+    found = {
+        entry.fqn: tuple(layer.name for layer in graph.layers if entry.name in layer.state)
+        for entry in graph.state
+        if entry.name in gradients.weights
+    }
+    return {name: layers for name, layers in found.items() if len(layers) > 1}
+
+
+def _with_updates(profile: Profile, traced: Traced, trained: Collection[str], seconds: float) -> Profile:
+    """Updates of all weights take so long together; each layer has its share by the size of its own."""
+    sizes = [
+        sum(
+            traced.tensors[name].numel()
+            for name in layer.state
+            if name in traced.tensors and traced.tensors[name].requires_grad
+        )
+        for layer in traced.graph.layers
+    ]
+    each = seconds / max(1, sum(sizes))
+    longer = tuple(before + size * each for before, size in zip(profile.seconds, sizes, strict=True))
+    return replace(profile, seconds=longer, total=sum(longer))
+
+
+def _said(tied: tuple[str, tuple[str, ...]]) -> str:
+    name, layers = tied
+    return (
+        f"{', '.join(map(repr, layers))} share the weight {name!r}, so they and all between them are in one stage: "
+        "give each its own weight to part them"
     )
 
 
@@ -132,6 +186,21 @@ def target_spec(target: Any) -> TargetSpec:
     return TargetSpec(tree, tuple(TensorSpec.of(leaf) for leaf in leaves))
 
 
+def _copies(optimizer: OptimizerFactory) -> float:
+    """See :func:`copies_kept`.
+
+    Raises:
+        InputError: if it makes no optimizer of a list of weights, or one that asks for more than gradients.
+    """
+    hint = "give what makes one for a list of weights, such as functools.partial(torch.optim.SGD, lr=0.1)"
+    if isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(f"optimizer= is a {type(optimizer).__name__} already; every stage has its own: {hint}")
+    try:
+        return copies_kept(optimizer)
+    except Exception as error:
+        raise InputError(f"optimizer= cannot update a weight ({type(error).__name__}: {error}): {hint}") from error
+
+
 def _check(updates: str, clock: str, accumulate: int | None, on_nonfinite: str, on_failure: str) -> None:
     for name, value, choices in (
         ("updates", updates, ("sync", "weight_stashing", "2bw", "stale", "sideways")),
@@ -141,6 +210,8 @@ def _check(updates: str, clock: str, accumulate: int | None, on_nonfinite: str, 
     ):
         if value not in choices:
             raise InputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+    if accumulate is not None and not isinstance(accumulate, int):  # type: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"accumulate={accumulate!r}: it counts samples, 1 or more")
     if accumulate is not None and accumulate < 1:
         raise PlanError(f"accumulate={accumulate}: an update takes one sample at least")
 

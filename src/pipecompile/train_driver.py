@@ -36,6 +36,7 @@ from pipecompile.passes.trace import Traced
 from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_step import VerifyStep
 from pipecompile.runtime.batches import Reduction, batched_inputs, split_inputs, split_targets
+from pipecompile.runtime.learn_sets import WeightSets
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.update import OptimizerFactory, copies_kept
 from pipecompile.schedules.recompute import RecomputeName
@@ -143,7 +144,11 @@ def compile_training(
 
 @dataclass
 class StepPlanner:
-    """Plans, lowers and measures the model for one schedule after another."""
+    """Plans, lowers and measures the model for one schedule after another.
+
+    With ``update``, seconds by stage number and the weights a stage owns, every micro-batch makes an
+    update, and what counts is the slowest stage: one micro-batch follows the other.
+    """
 
     traced: Traced
     gradients: Gradients
@@ -157,6 +162,8 @@ class StepPlanner:
     measure_step: MeasureStep
     time_limit: float
     copies: float = 2.0
+    colocate: Sequence[Sequence[str]] = ()
+    update: Callable[[int, int, Sequence[str]], float] | None = None
     _costs: dict[Any, tuple[StageCost, ...]] = field(default_factory=dict[Any, tuple[StageCost, ...]])
 
     def candidate(self, name: str, profile: Profile) -> Candidate:
@@ -170,11 +177,11 @@ class StepPlanner:
             return first
         factors = {i: f for stage, f in zip(first.plan.stages, off, strict=True) for i in stage.layers}
         again = self._attempt(name, profile.scaled(factors))
-        return min(first, again, key=lambda c: c.seconds)
+        return min(first, again, key=lambda c: c.seconds if self.update is None else max(c.stage_seconds))
 
     def _attempt(self, name: str, profile: Profile) -> Candidate:
         graph = self.traced.graph
-        planner = PlanStep(name, self.time_limit, self.micro_batches, self.copies)
+        planner = PlanStep(name, self.time_limit, self.micro_batches, self.copies, self.colocate)
         plan = planner.apply(graph, profile, self.cluster)
         order = planner.program(plan, self.micro_batches)
         program = VerifyStep().apply(self.lower.apply(graph, plan, order, self.gradients))
@@ -184,6 +191,12 @@ class StepPlanner:
                 graph, self.traced.module, self.traced.tensors, self.leaves, plan, program, self.gradients, self.loss,
                 self.measure,
             )  # fmt: skip
+            if self.update is not None:
+                owned, stages = owners(weight_users(graph, plan, self.gradients.weights)), len(plan.stages)
+                self._costs[key] = tuple(
+                    replace(cost, update=self.update(stage, stages, owned.get(stage, ())))
+                    for stage, cost in enumerate(self._costs[key])
+                )
         costs = self._costs[key]
         again = self.recompute.apply(order, costs, None if self.lower.to_caller else len(plan.stages) - 1)
         if again is not order:
@@ -241,16 +254,21 @@ def _schedules(
     return list(FILL_AND_DRAIN) if schedule == "auto" else [schedule]
 
 
-def update_seconds(factory: OptimizerFactory | None, traced: Traced, names: Sequence[str]) -> float:
-    """Median seconds of an update of copies of these weights."""
+def update_seconds(
+    factory: OptimizerFactory | None, traced: Traced, names: Sequence[str], *, moves: bool = False
+) -> float:
+    """Median seconds of an update of copies of these weights, which ``moves`` them to other memory first."""
     weights = [torch.nn.Parameter(traced.tensors[name].detach().clone()) for name in names]
     if not weights or factory is None:
         return 0.0
     optimizer, times = factory(weights), list[float]()
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
+    sets = WeightSets(tuple(weights))
     for _ in range(5):
         begin = time.perf_counter()
+        if moves:
+            sets.move({sets.newest})
         optimizer.step()
         times.append(time.perf_counter() - begin)
     return statistics.median(times[1:])

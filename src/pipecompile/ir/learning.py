@@ -52,6 +52,10 @@ class Rule:
             return 0
         return 1 if self.updates == "2bw" else -(-self.ahead(stage, stages) // self.accumulate)
 
+    def sets(self, stage: int, stages: int) -> int:
+        """The most versions of its weights that a stage keeps at once, the newest among them."""
+        return 1 + self.delay(stage, stages) if self.updates in ("weight_stashing", "2bw") else 1
+
     def version(self, sample: int, stage: int, stages: int) -> int:
         """How many updates the weights have had that the forward of a sample reads, if each sample has a target."""
         group = sample // self.accumulate

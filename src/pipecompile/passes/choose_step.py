@@ -29,10 +29,12 @@ class Candidate:
 
     @property
     def stage_seconds(self) -> list[float]:
-        """What each stage computes for one micro-batch: forward, perhaps again, and backward."""
-        again = recomputed(self.program)
+        """What each stage computes for one micro-batch: forward, perhaps again, backward, and its share of an update."""
+        again, m = recomputed(self.program), self.program.micro_batches
         return [
-            cost.forward * (1 + (stage in again)) + (cost.backward_input + cost.backward_weight or cost.backward)
+            cost.forward * (1 + (stage in again))
+            + (cost.backward_input + cost.backward_weight or cost.backward)
+            + cost.update / m
             for stage, cost in enumerate(self.costs)
         ]
 

@@ -57,7 +57,8 @@ class CodegenLearn:
         device: DeviceProgram,
     ) -> DeviceModule:
         emit, (stage,) = StepEmitter(graph, module), device.stages
-        newest = self.rule.updates == "sideways" and self.rule.ahead(stage, len(plan.stages)) > 0
+        learns = any(step.op is Op.BACKWARD for step in device.body)
+        newest = learns and self.rule.updates == "sideways" and self.rule.ahead(stage, len(plan.stages)) > 0
         writer = _LearnStage(emit, plan, program, gradients, device, stage, self.width)
         writer.more = ", retain_graph=True" if newest else ""
         parts = [writer.source(), _RunWriter(program, device, writer, newest).source()]
@@ -250,7 +251,7 @@ class _RunWriter:
         lines += [f"yield {_port(e, receives=True)}" for e in self.into if e.backward]
         if self.newest:
             lines += ["if sample > start:", *(f"    {post}" for post in self._posts("sample - 1", backward=False))]
-        lines += [*self._posts("sample"), "return sample"]
+        lines += [*self._posts("sample"), "weights.settle()", "return sample"]
         return lines
 
     def _stream(self, ahead: int, turn: int) -> list[str]:

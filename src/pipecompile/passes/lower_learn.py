@@ -76,7 +76,7 @@ class LowerLearn:
         (stage,) = device.stages
         into = [e for e in edges if e.target == stage]
         out = [e for e in edges if e.source == stage]
-        early = self.rule.updates == "sideways" and self.rule.ahead(stage, stages) > 0
+        early = stage in learns and self.rule.updates == "sideways" and self.rule.ahead(stage, stages) > 0
         # Without a backward nothing keeps a stage from being as far ahead as its rings let it.
         own = device if stage in learns else replace(
             device, warm_up=(), body=(Instruction(Op.FORWARD, stage, 0),), turn=1
@@ -140,7 +140,7 @@ def _refuse_tied(graph: ModelGraph, plan: Plan, gradients: Gradients) -> None:
         if len(stages) > 1:
             raise PlanError(
                 f"weight {names[name]!r} is used in stages {stages}: mode='learn' updates a weight in one stage only. "
-                "Keep its users together (leaf= of a module that holds them), or use fewer devices"
+                "The last stage makes the model's result of it: leave it out of the result, or use one device"
             )
 
 

@@ -26,13 +26,14 @@ class PlanStep:
     the activations of as many of ``micro_batches`` as the schedule has in flight there: under ``1f1b``
     as many as there are stages from there to the end, under ``zb_h1`` at most as many as there are
     stages, else all of them (exact for ``gpipe`` and ``breadth_first``, the most there can be for the
-    others). ``time_limit`` is the solver's, in seconds.
+    others). ``time_limit`` is the solver's, in seconds. Layers named in one of ``colocate`` share a stage.
     """
 
     schedule: str = "1f1b"
     time_limit: float = 10.0
     micro_batches: int = 1
     copies: float = 2.0
+    colocate: Sequence[Sequence[str]] = ()
 
     def apply(self, graph: ModelGraph, profile: Profile, cluster: Cluster) -> Plan:
         """The plan, with as many stages on each device as the schedule wants.
@@ -57,7 +58,7 @@ class PlanStep:
         spread = tuple(_chunk(among, device, chosen.chunks) for device in place) if chosen.chunks > 1 else among
         flying: dict[str, Literal["1f1b", "zb_h1"]] = {"1f1b": "1f1b", "zb_h1": "zb_h1"}
         training = Training(schedule=flying.get(self.schedule, "gpipe"), micro_batches=self.micro_batches, copies=self.copies)
-        partition = Partition(len(place), time_limit=self.time_limit, training=training)
+        partition = Partition(len(place), time_limit=self.time_limit, training=training, colocate=self.colocate)
         plan = partition.apply(graph, profile, replace(cluster, devices=spread))
         if chosen.chunks == 1:
             among = tuple(among[stage.device] for stage in plan.stages)

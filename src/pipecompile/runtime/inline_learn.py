@@ -112,6 +112,7 @@ class InlineLearner:
 
     def close(self) -> None:
         """See ``Learner``."""
+        self._settle()
         self._closed = self._closed or "it was closed"
 
     def _check(self) -> None:
@@ -124,6 +125,11 @@ class InlineLearner:
     def fail(self, error: BaseException) -> None:
         """Close because of an error."""
         self._closed = f"it failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        self._settle()
+
+    def _settle(self) -> None:
+        for device in self._devices:
+            device.link.settle()
 
 
 class _Failing:

@@ -14,6 +14,7 @@ from pipecompile.ir.package import DeviceModule
 from pipecompile.ir.tree import Tree, unflatten
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender
 from pipecompile.runtime.criterion import Criterion
+from pipecompile.runtime.learn_sets import Tensors
 from pipecompile.runtime.step import mask_seed
 from pipecompile.runtime.update import DeviceUpdates, LocalBoard, OptimizerFactory
 from pipecompile.runtime.versions import StageWeights
@@ -70,7 +71,10 @@ class LearnUpdates(DeviceUpdates):
 
 
 class LearnLink:
-    """The ``link`` of a generated module that learns. ``offset`` is the number of a sample less that of its message."""
+    """The ``link`` of a generated module that learns. ``offset`` is the number of a sample less that of its message.
+
+    ``further`` is for :class:`pipecompile.runtime.versions.StageWeights`.
+    """
 
     def __init__(
         self,
@@ -82,7 +86,9 @@ class LearnLink:
         seed: int,
         snapshot: Callable[[dict[str, Any]], None],
         mutated: Collection[str],
+        further: tuple[Callable[[], Tensors], Any] | None = None,
     ) -> None:
+        self._further = further
         self._rule, self._stages, self._tensors, self._updates, self._seed = rule, stages, tensors, updates, seed
         self._mutated = mutated
 
@@ -103,11 +109,16 @@ class LearnLink:
         if self._weights is None:
             self._weights = StageWeights(
                 self._rule, stage, self._stages, self._tensors, state, trained, self._updates, self._snapshot,
-                mutated=self._mutated,
+                mutated=self._mutated, further=self._further,
             )  # fmt: skip
             self._weights.version = self._version
         self._weights.begin()
         return self._weights
+
+    def settle(self) -> None:
+        """See :meth:`StageWeights.settle`; for a stream that has failed."""
+        if self._weights is not None:
+            self._weights.settle()
 
     @property
     def version(self) -> int:

@@ -21,6 +21,7 @@ from pipecompile.runtime.channels.link import ports_of
 from pipecompile.runtime.channels.ring import RingLayout, RingReceiver, RingSender, SampleFailed, clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge, attach
 from pipecompile.runtime.learn import Judge, LearnLink, LearnOptions, LearnUpdates
+from pipecompile.runtime.learn_sets import SharedSets
 from pipecompile.runtime.module import execute
 from pipecompile.runtime.records import Records
 from pipecompile.runtime.step import step_error
@@ -41,6 +42,7 @@ class LearnBoot:
     arenas: tuple[int, ...]
     state: list[dict[str, Any]]
     owned: dict[int, tuple[str, ...]]
+    sets: SharedSets
     mutated: tuple[str, ...]
     options: LearnOptions
     out_tree: Tree
@@ -78,14 +80,16 @@ class LearnDevice:
         def snapshot(part: dict[str, Any]) -> None:
             pickled.send(commands, ("snapshot", packed_parts(part)))
 
+        word, sets = boot.sets.open()
         self._link = LearnLink(
-            boot.rule, boot.stages, tensors, ports, self._updates, boot.options.seed, snapshot, boot.mutated
-        )
+            boot.rule, boot.stages, tensors, ports, self._updates, boot.options.seed, snapshot, boot.mutated,
+            (iter(sets).__next__, word),
+        )  # fmt: skip
         if boot.stages - 1 in boot.module.stages:
             self._link.judge = Judge(boot.options, boot.out_tree, boot.target)
         self._run = execute(boot.module.source, boot.module.filename)["run"]
         self._sample = -1
-        for fd in (*boot.arenas, boot.records, *(fds[0] for fds in boot.fds.values())):
+        for fd in (*boot.arenas, boot.records, boot.sets.fd, *(fds[0] for fds in boot.fds.values())):
             os.close(fd)
 
     def answer(self, message: tuple[Any, ...]) -> tuple[Any, ...]:

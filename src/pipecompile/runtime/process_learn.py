@@ -14,6 +14,7 @@ import torch
 from pipecompile.errors import PipelineClosed, PipelineError, StepError, WorkerHung
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.learning import LearnPackage, Outcome
+from pipecompile.ir.package import DeviceModule
 from pipecompile.ir.program import HOST
 from pipecompile.runtime import numerics, pickled
 from pipecompile.runtime.arena import adopt
@@ -24,6 +25,7 @@ from pipecompile.runtime.executor import bounds
 from pipecompile.runtime.learn import LearnOptions
 from pipecompile.runtime.learn_device import LearnBoot, unpacked_parts
 from pipecompile.runtime.learn_host import LearnHost
+from pipecompile.runtime.learn_sets import SharedSets, Tensors, fetch
 from pipecompile.runtime.step_crew import Crew, Worker
 
 _START_SECONDS = 60.0
@@ -51,12 +53,14 @@ class ProcessLearner:
         throttle: Mapping[str, Link] | None = None,
     ) -> None:
         self._learn, self._closed = learn, "it never started"
-        self._weights = adopt(dict(weights))
+        self._tensors = dict(weights)
+        self._weights = adopt(self._tensors)
         self._crew = crew = Crew()
         self._finalizer = weakref.finalize(self, crew.stop)
         planned = max(stage.load for stage in learn.package.plan.stages)
         self._limit = max(_HANG_SECONDS, _HANG_FACTOR * planned) if hang_seconds is None else hang_seconds
         self.snapshots: list[dict[str, Any]] = []
+        self._sets: list[tuple[Any, list[Tensors], Tensors]] = []
         self._busy: set[int] = set()
         self._channels: dict[int, Worker] = {}
         try:
@@ -78,12 +82,15 @@ class ProcessLearner:
                 worker = Worker(module, ports_of(mine, module.stages))
                 crew.workers.append(worker)
                 device = package.plan.cluster.devices[module.device]
-                worker.start([*arenas, *(fd for e in mine for fd in edges[e.name].fds)], device.core, device.threads)
+                sets = self._further(module)
+                worker.start(
+                    [*arenas, sets.fd, *(fd for e in mine for fd in edges[e.name].fds)], device.core, device.threads
+                )
                 boot = LearnBoot(
                     module, learn.rule, learn.stages, mine, {e.name: edges[e.name].fds for e in mine}, sizes,
                     {name: link for name, link in throttle.items() if any(e.name == name for e in mine)},
                     worker.records_fd, arenas, self._weights.describe(module.state),
-                    {s: learn.owned[s] for s in module.stages if s in learn.owned}, mutated, options,
+                    {s: learn.owned[s] for s in module.stages if s in learn.owned}, sets, mutated, options,
                     package.out_tree, None if learn.target is None else learn.target.tree,
                     device.threads, numerics.snapshot(), package.imports,
                 )  # fmt: skip
@@ -113,6 +120,15 @@ class ProcessLearner:
         self._channels = {worker.commands.fileno(): worker for worker in crew.workers}
         self._for_result = _poller([*self._channels, *self._arrivals])
         self._for_either = _poller([*self._channels, *self._arrivals, *self._credits])
+
+    def _further(self, module: DeviceModule) -> SharedSets:
+        """Memory for the versions of its weights that the one stage of a device keeps beside the newest."""
+        learn, (stage,) = self._learn, module.stages
+        names = learn.owned.get(stage, ())
+        sets = SharedSets.create(self._weights.describe(names), learn.rule.sets(stage, learn.stages) - 1)
+        self._crew.fds.append(sets.fd)
+        self._sets.append((*sets.open(), tuple(self._tensors[name] for name in names)))
+        return sets
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -228,6 +244,9 @@ class ProcessLearner:
 
     def _stop(self) -> None:
         self._crew.stop()
+        for each in self._sets:
+            fetch(*each)
+        self._sets = []
         if self._channels:
             self._host.forget()
             self._channels, self._arrivals, self._credits, self._busy = {}, {}, {}, set()

@@ -2,23 +2,22 @@
 
 A forward records a graph over the tensors it reads, and autograd refuses to go back over one whose
 tensors were changed in place since. So what a forward reads must be either unchanged until its
-backward, a copy, or an alias whose changes autograd does not count.
+backward, or an alias whose changes autograd does not count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from pipecompile.ir.learning import Rule
+from pipecompile.runtime.learn_sets import Tensors, WeightSets
 from pipecompile.runtime.step import Sums
 from pipecompile.runtime.update import DeviceUpdates
-
-Tensors = tuple[torch.Tensor, ...]
 
 
 class _Policy(Protocol):
@@ -44,7 +43,7 @@ class _Policy(Protocol):
 class _Own:
     """The weights themselves: nothing changes them between a forward and its backward.
 
-    ``sync``, and every rule in the last stage, where the update of a sample follows its forward.
+    ``sync``, and every rule but ``2bw`` in the last stage, where the update of a sample follows its forward.
     """
 
     def __init__(self, weights: Tensors) -> None:
@@ -63,112 +62,63 @@ class _Own:
 class _Alias(_Own):
     """``stale`` and ``sideways``: aliases with version counters of their own, so that a backward sees updates."""
 
-    def __init__(self, weights: Tensors) -> None:
-        super().__init__(tuple(weight.data.requires_grad_() for weight in weights))
-
-
-@dataclass
-class _Copy:
-    """Weights of one version, and the samples in flight that read them."""
-
-    tensors: Tensors
-    version: int
-    readers: set[int] = field(default_factory=set[int])
-
-
-class _Copies:
-    """What the policies that keep older versions share: copies made once, and used again when nobody reads them."""
-
-    def __init__(self, weights: Tensors) -> None:
-        self._weights, self._spare = weights, list[Tensors]()
-        self.made = 0
-
-    def take(self, version: int) -> _Copy:
-        """A copy of the weights as they are now."""
-        if self._spare:
-            tensors = self._spare.pop()
-            with torch.no_grad():
-                for copy, weight in zip(tensors, self._weights, strict=True):
-                    copy.copy_(weight)
-        else:
-            tensors = tuple(weight.detach().clone().requires_grad_() for weight in self._weights)
-            self.made += 1
-        return _Copy(tensors, version)
-
-    def give(self, copy: _Copy) -> None:
-        """Nobody reads it any more."""
-        self._spare.append(copy.tensors)
+    def __init__(self, sets: WeightSets) -> None:
+        super().__init__(sets.read())
 
 
 class _Stash:
-    """``weight_stashing``: a forward reads the newest version, and keeps it until its backward."""
+    """``weight_stashing``: a forward reads the newest set, which stays as it is until its backward."""
 
-    def __init__(self, weights: Tensors) -> None:
-        self.copies = _Copies(weights)
-        self._newest: _Copy | None = None
-        self._read: dict[int, _Copy] = {}
+    def __init__(self, sets: WeightSets) -> None:
+        self._sets = sets
+        self._read: dict[int, int] = {}
 
     def read(self, sample: int, version: int) -> tuple[Tensors, int]:
-        if self._newest is None:
-            self._newest = self.copies.take(version)
-        copy = self._read[sample] = self._newest
-        copy.readers.add(sample)
-        return copy.tensors, copy.version
+        self._read[sample] = self._sets.newest
+        return self._sets.read(), version
 
     def passed(self, sample: int) -> None:
-        copy = self._read.pop(sample)
-        copy.readers.discard(sample)
-        if not copy.readers and copy is not self._newest:
-            self.copies.give(copy)
+        del self._read[sample]
 
     def updating(self, version: int, changes: bool) -> None:
-        if changes:
-            if self._newest is not None and not self._newest.readers:
-                self.copies.give(self._newest)
-            self._newest = None
+        busy = set(self._read.values())
+        if changes and self._sets.newest in busy:
+            self._sets.move(busy)
 
     def begin(self) -> None:
-        self.updating(0, True)  # values may have been loaded since
+        self._read.clear()
 
 
 class _TwoVersions:
     """``2bw``: the samples of an update read the version before the newest one that is complete when they begin.
 
-    Group ``g`` reads version ``max(0, g - 1)`` of its stream, whatever the stage.
+    Group ``g`` reads version ``max(0, g - 1)`` of its stream, whatever the stage. There are two sets:
+    what group ``g`` has read is free once it is through, and that is where its update goes, since
+    group ``g + 1`` reads the newest.
     """
 
-    def __init__(self, weights: Tensors, group: int) -> None:
-        self.copies, self._size = _Copies(weights), group
-        self._first = -1
-        self._turns = 0
-        self._kept: dict[int, _Copy] = {}
+    def __init__(self, sets: WeightSets, group: int) -> None:
+        self._sets, self._size = sets, group
+        self.begin()
 
     def begin(self) -> None:
-        for copy in {id(copy): copy for copy in self._kept.values()}.values():
-            self.copies.give(copy)
-        self._kept, self._turns, self._first = {}, 0, -1
+        self._first, self._turns = -1, 0
+        self._before = self._sets.newest, 0
 
     def read(self, sample: int, version: int) -> tuple[Tensors, int]:
         if self._first < 0:
             self._first = sample
         wanted = max(0, (sample - self._first) // self._size - 1)
-        copy = self._keep(version) if wanted == self._turns else self._kept[wanted]
-        return copy.tensors, copy.version
-
-    def _keep(self, version: int) -> _Copy:
-        if self._turns not in self._kept:
-            self._kept[self._turns] = self.copies.take(version)
-        return self._kept[self._turns]
+        assert wanted in (self._turns, self._turns - 1), f"sample {sample} wants version {wanted} at {self._turns}"
+        number, had = self._before if wanted < self._turns else (self._sets.newest, version)
+        return self._sets[number], had
 
     def passed(self, sample: int) -> None: ...
 
     def updating(self, version: int, changes: bool) -> None:
-        # Group g is through: version g - 1, which it read last, is free; group g + 1 reads version g.
-        spent = self._kept.pop(self._turns - 1, None)
-        if spent is not None:
-            self.copies.give(spent)
-        self._keep(version)
-        self._turns += 1
+        self._before, self._turns = (self._sets.newest, version), self._turns + 1
+        if changes:
+            self._sets.move({self._sets.newest})
 
 
 class StageWeights:
@@ -183,6 +133,7 @@ class StageWeights:
         updates: the optimizer of the stage.
         snapshot: called with the state of the stage after a sample, where asked for.
         mutated: names of the buffers that forwards write to.
+        further: where further sets of the weights lie, as :class:`WeightSets` wants it; anywhere if None.
     """
 
     def __init__(
@@ -197,44 +148,45 @@ class StageWeights:
         snapshot: Callable[[dict[str, Any]], None],
         *,
         mutated: Collection[str] = (),
+        further: tuple[Callable[[], Tensors], Any] | None = None,
     ) -> None:
         self._stage, self._updates, self._snapshot = stage, updates, snapshot
         self._tensors, self._mutated = tensors, [name for name in state if name in mutated]
         self._plain = [tensors[name] for name in state]
-        self._places = [list(state).index(name) for name in trained]
         self._owned = updates.owned.get(stage, ())
+        self._places = [list(state).index(name) for name in self._owned]
+        self._trained = [list(state).index(name) for name in trained]
         self.sums = Sums()
         for name in trained:
             self.sums.know(name, tensors[name])
-        own = tuple(tensors[name] for name in trained)
-        self._policy = _policy(rule, stage, stages, own)
+        own = tuple(tensors[name] for name in self._owned)
+        self.sets = WeightSets(own) if further is None else WeightSets(own, *further)
+        self._policy = _policy(rule, stage, stages, own, self.sets)
         self.version = 0
         self._samples = 0
         self._marked: _Mark | None = None
         self._learns = bool(trained) or bool(self._owned)
 
-    @property
-    def copies(self) -> int:
-        """How many sets of weights there are beside the model's own."""
-        copies = getattr(self._policy, "copies", None)
-        return 0 if copies is None else copies.made
-
     def begin(self) -> None:
         """A stream begins."""
         self._policy.begin()
+
+    def settle(self) -> None:
+        """No sample is under way any more: the newest weights are in the model's own memory."""
+        self.sets.settle()
 
     def read(self, sample: int, slip: torch.Tensor) -> tuple[Tensors, Tensors]:
         """All state for the forward of a sample, and what of it has gradients; the version goes onto the slip."""
         if self._marked is not None:
             self._marked.take(self._tensors, self._mutated)
-        trained, version = self._policy.read(sample, self.version)
+        weights, version = self._policy.read(sample, self.version)
         slip[1 + self._stage] = version
         if slip[0]:
             self._marked = _Mark(sample)
         state = list(self._plain)
-        for place, tensor in zip(self._places, trained, strict=True):
+        for place, tensor in zip(self._places, weights, strict=True):
             state[place] = tensor
-        return tuple(state), trained
+        return tuple(state), tuple(state[place] for place in self._trained)
 
     def learned(self) -> None:
         """The gradients of one more sample are in ``sums``."""
@@ -255,6 +207,7 @@ class StageWeights:
                     self.sums.values[name] = total / self._samples
             if self._owned:
                 self._updates.update(self._stage, self.sums)
+            self.sets.updated()
             self.version, self._samples = self.version + 1, 0
         if self._marked is not None and self._marked.passed:
             self._marked.take(self._tensors, self._mutated)
@@ -288,12 +241,12 @@ class _Mark:
             self.buffers = {name: tensors[name].detach().clone() for name in names}
 
 
-def _policy(rule: Rule, stage: int, stages: int, weights: Tensors) -> _Policy:
-    if rule.updates == "2bw" and stages > 1:
-        return _TwoVersions(weights, rule.accumulate)
-    if rule.updates == "sync" or not rule.ahead(stage, stages):
+def _policy(rule: Rule, stage: int, stages: int, weights: Tensors, sets: WeightSets) -> _Policy:
+    if weights and rule.updates == "2bw" and stages > 1:
+        return _TwoVersions(sets, rule.accumulate)
+    if not weights or rule.updates == "sync" or not rule.ahead(stage, stages):
         return _Own(weights)
-    return _Stash(weights) if rule.updates == "weight_stashing" else _Alias(weights)
+    return _Stash(sets) if rule.updates == "weight_stashing" else _Alias(sets)
 
 
 __all__ = ["StageWeights"]
