@@ -124,6 +124,9 @@ def compile(
             ``functools.partial(torch.optim.SGD, lr=0.1)``; one is made for each stage. In training, without
             both ``pipe(x)`` takes part in autograd, for a loss and an optimizer of the caller's (schedules
             ``"gpipe"`` and ``"breadth_first"`` only).
+        param_groups: (train) parameter groups as torch's optimizers take them, or a function of the model that
+            gives them: ``[{"params": ["*.bias", "*norm*"], "weight_decay": 0.0}, {"params": "*"}]``. ``params``
+            are parameters, their names, or patterns of names; a parameter is in the first group it fits.
         schedule: (train) ``"gpipe"``, ``"1f1b"``, ``"interleaved"``, ``"breadth_first"``, ``"zb_h1"``,
             ``"zb_v"``, or ``"auto"``, which measures the stages and simulates all of them.
         micro_batches: (train) into how many parts a batch is split along dimension 0. Where it does

@@ -11,6 +11,7 @@ from torch import nn
 from pipecompile.errors import InputError, PlanError
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.learning import Clock, Updates
+from pipecompile.param_groups import Groups
 from pipecompile.passes.partition import ObjectiveName
 from pipecompile.runtime.batches import Reduction
 from pipecompile.runtime.learn import OnNonfinite
@@ -69,6 +70,7 @@ class TrainingOptions(EveryMode, total=False):
 
     loss_fn: Callable[[Any, Any], Any] | None
     optimizer: OptimizerFactory | None
+    param_groups: Groups | None
     schedule: ScheduleName
     micro_batches: int
     reduction: Reduction

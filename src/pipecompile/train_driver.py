@@ -25,6 +25,7 @@ from pipecompile.ir.program import Program
 from pipecompile.ir.training import Gradients, StageCost, StepPackage
 from pipecompile.ir.tree import Tree, flatten, unflatten
 from pipecompile.options import Progress, silent
+from pipecompile.param_groups import Groups, ModelGroups
 from pipecompile.passes.choose_step import Candidate, ChooseStep
 from pipecompile.passes.codegen_step import CodegenStep
 from pipecompile.passes.lower_step import LowerStep, owners, weight_users
@@ -54,6 +55,7 @@ def compile_training(
     *,
     loss_fn: Callable[[Any, Any], Any] | None = None,
     optimizer: OptimizerFactory | None = None,
+    param_groups: Groups | None = None,
     schedule: ScheduleName = "auto",
     micro_batches: int = 4,
     reduction: Reduction = "auto",
@@ -79,6 +81,9 @@ def compile_training(
     tell = progress or silent
     drop_in = loss_fn is None
     names = _schedules(schedule, drop_in, optimizer, clip_norm, check_finite or keep_gradients)
+    if param_groups is not None and optimizer is None:
+        raise InputError("param_groups= is for the pipeline's own optimizer: give optimizer= as well")
+    groups = None if param_groups is None else ModelGroups.of(model, param_groups)
     leaves, tree = flatten((args, kwargs))
     batch, batched = batched_inputs(leaves)
     if not 1 <= micro_batches <= batch:
@@ -134,6 +139,7 @@ def compile_training(
         executor=executor,
         hang_seconds=hang_seconds,
         throttle=throttle,
+        groups=groups,
         costs=tuple(
             replace(cost, update=update_seconds(optimizer, traced, owned.get(stage, ())))
             for stage, cost in enumerate(chosen.costs)

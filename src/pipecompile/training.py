@@ -21,6 +21,7 @@ from pipecompile.ir.package import Package
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.training import StageCost, StepPackage, StepRequest
 from pipecompile.model_weights import ModelWeights
+from pipecompile.param_groups import ModelGroups
 from pipecompile.runtime.batches import Reduction, loss_weights, split_inputs, split_targets
 from pipecompile.runtime.criterion import Criterion
 from pipecompile.runtime.inline_step import InlineTrainer, Trainer
@@ -58,17 +59,18 @@ class TrainingPipeline(LearnsInPlace):
         hang_seconds: float | None = None,
         throttle: Mapping[str, Link] | None = None,
         costs: tuple[StageCost, ...],
+        groups: ModelGroups | None = None,
     ) -> None:
         super().__init__(model)
         self._step, self._loss_fn = step, loss_fn
-        self._training = Training(loss_fn, optimizer, seed, keep_gradients, check_finite)
         batch_dims = [(i, 0) for i, cut in enumerate(step.batched) if cut and step.package.symbols]
         self._arguments = Arguments(step.package, batch_dims)
         self._reduction: Reduction = reduction
         self._watching: dict[str, Any] = {"hang_seconds": hang_seconds, "throttle": throttle}
         self._clip, self._costs = clip_norm, costs
         self._executor = executor
-        self._weights = ModelWeights(step.package.state, step.owned, tensors, model)
+        self._weights = ModelWeights(step.package.state, step.owned, tensors, model, groups)
+        self._training = Training(loss_fn, optimizer, seed, keep_gradients, check_finite, self._weights.groups())
         self._drop_in = DropIn(step, tensors)
         self._trainer: Trainer | None = None
         self._steps, self._accumulated = 0, False
@@ -170,14 +172,17 @@ class TrainingPipeline(LearnsInPlace):
         return simulate_step(self.program, self._costs, self.plan.cluster.link, cluster=self.plan.cluster)
 
     def optimizer_state_dict(self) -> dict[str, Any]:
-        """A copy of the optimizers' state as that of one plain torch optimizer over ``model.parameters()``."""
+        """A copy of the optimizers' state as that of one plain torch optimizer over ``model.parameters()``.
+
+        Compiled with ``param_groups=``, as that of one with the same groups.
+        """
         return self._weights.packed(*copy.deepcopy(self._ready().optimizer_state()))
 
     def load_optimizer_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over the state of a plain torch optimizer over ``model.parameters()`` with one group.
+        """Take over the state of a plain torch optimizer over ``model.parameters()``, or with the same groups.
 
         Raises:
-            InputError: if it has several parameter groups, or another number of parameters.
+            InputError: if it has other parameter groups, or another number of parameters.
         """
         self._ready().load_optimizer_state(*self._weights.unpacked(state_dict))
 
@@ -243,9 +248,18 @@ class TrainingPipeline(LearnsInPlace):
             self._steps = found.steps
             return found.extra
 
-    def set_optimizer(self, **settings: Any) -> None:
-        """Change settings of the optimizers from the next step on: ``pipe.set_optimizer(lr=0.01)``."""
-        self._ready().set(settings)
+    def set_optimizer(self, group: int | None = None, /, **settings: Any) -> None:
+        """Change settings of the optimizers from the next step on: ``pipe.set_optimizer(lr=0.01)``.
+
+        ``pipe.set_optimizer(1, lr=0.01)`` changes one of ``param_groups``, counted from 0.
+
+        Raises:
+            InputError: if there is no such group.
+        """
+        groups = len(self._training.groups.settings)
+        if group is not None and not 0 <= group < groups:
+            raise InputError(f"there is no parameter group {group}: this pipeline has {groups}, counted from 0")
+        self._ready().set(settings, group)
 
     def close(self) -> None:
         """End. Closing twice is fine; parameters and buffers stay usable."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from pipecompile.ir.tree import Tree
 from pipecompile.runtime.criterion import Criterion
+from pipecompile.runtime.groups import ParameterGroups
 from pipecompile.runtime.update import Board, DeviceUpdates, Handover, OptimizerFactory
 
 
@@ -26,6 +27,7 @@ class Training:
     seed: int = 0
     keep_gradients: bool = False
     check_finite: bool = False
+    groups: ParameterGroups = field(default_factory=ParameterGroups)
 
     def criterion(self, out_tree: Tree) -> Criterion | None:
         """The loss, for the device with the last stage."""
@@ -43,8 +45,9 @@ class Training:
         if self.optimizer is None:
             return Handover(owned, places)
         return DeviceUpdates(
-            device, owned, tensors, self.optimizer, board, finite=self.check_finite, keep=self.keep_gradients
-        )
+            device, owned, tensors, self.optimizer, board, finite=self.check_finite, keep=self.keep_gradients,
+            groups=self.groups,
+        )  # fmt: skip
 
 
 __all__ = ["Training"]
