@@ -61,6 +61,14 @@ class ModelWeights:
         found: dict[str, Any] = self._model.state_dict(keep_vars=True)
         return {name: copy.deepcopy(_detached(values.get(id(value), value))) for name, value in found.items()}
 
+    def groups_by_name(self) -> list[dict[str, Any]] | None:
+        """The parameter groups given, with names for parameters; None where there is one of all."""
+        if self._given is None:
+            return None
+        names = {p: name for name, p in self._model.named_parameters()}
+        pairs = zip(self._given.members, self._given.settings, strict=True)
+        return [{**settings, "params": [names[p] for p in members]} for members, settings in pairs]
+
     def packed(self, state: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str, Any]:
         """State and settings by placeholder as the ``state_dict`` of a plain optimizer with the same groups."""
         names = self.positions()

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, get_args
 
+import torch
 from torch import nn
 
 from pipecompile.errors import InputError, PlanError
@@ -72,7 +73,8 @@ class TrainingOptions(EveryMode, total=False):
     optimizer: OptimizerFactory | None
     param_groups: Groups | None
     schedule: ScheduleName
-    micro_batches: int
+    micro_batches: int | Literal["auto"]
+    autocast: torch.dtype | None
     reduction: Reduction
     example_targets: Any
     clip_norm: float | None

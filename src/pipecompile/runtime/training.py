@@ -19,7 +19,8 @@ class Training:
     """Loss, optimizer and options. Without an optimizer the caller has both, and gets gradients.
 
     ``seed`` is that of random masks; ``keep_gradients`` keeps those of the last update;
-    ``check_finite`` stops a step before its update when a loss or gradients are NaN or infinite.
+    ``check_finite`` stops a step before its update when a loss or gradients are NaN or infinite;
+    ``full_loss`` gives the loss float32 where the model's results are of half that (autocast).
     """
 
     loss_fn: Callable[[Any, Any], Any] | None
@@ -28,10 +29,13 @@ class Training:
     keep_gradients: bool = False
     check_finite: bool = False
     groups: ParameterGroups = field(default_factory=ParameterGroups)
+    full_loss: bool = False
 
     def criterion(self, out_tree: Tree) -> Criterion | None:
         """The loss, for the device with the last stage."""
-        return None if self.loss_fn is None else Criterion(self.loss_fn, out_tree, finite=self.check_finite)
+        if self.loss_fn is None:
+            return None
+        return Criterion(self.loss_fn, out_tree, finite=self.check_finite, full=self.full_loss)
 
     def updates(
         self,
