@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from models.training import BATCH, TRAINING, Job
-from pipecompile.errors import NonFiniteError, PipelineClosed, StepError
+from pipecompile.errors import InputError, NonFiniteError, PipelineClosed, StepError
 from test_training import ADAMW, SCHEDULES, SGD, STEPS, agree, compiled, every_layer_alike, furthest, reference
 
 __all__ = ["every_layer_alike"]  # the fixture, for this file too
@@ -52,6 +52,27 @@ def test_buffers_and_accumulated_gradients_are_put_back(executor: Executor) -> N
                 with pytest.raises(StepError, match="Target 77"):
                     pipe.train_step(job.inputs, bad, update=False)
             losses.append(float(pipe.train_step(job.inputs, job.targets, update=step % 2 == 1)))
+        assert losses == pytest.approx(wanted.losses, rel=1e-10)
+        assert furthest(dict(job.model.state_dict()), dict(wanted.model.state_dict())) <= 1e-10
+
+
+def test_a_batch_of_one_and_one_smaller_than_the_micro_batches() -> None:
+    def short(size: int) -> Job:
+        job = TRAINING["mlp"].make()
+        return Job(job.model, (job.inputs[0][:size],), job.targets[:size], job.loss_fn)
+
+    job, wanted = short(1), reference(short(1), SGD, parts=1)
+    with compiled(job, 2, "1f1b", SGD, parts=1) as pipe:
+        agree(pipe, job, wanted, 1e-10)
+    with pytest.raises(InputError, match="micro_batches=2: a batch of 1 samples has 1 to 1 micro-batches"):
+        compiled(short(1), 2, "1f1b", SGD, parts=2)
+    job, few, wanted = short(7), short(6), reference(short(6), SGD, parts=3)
+    with compiled(job, 2, "1f1b", SGD, parts=3) as pipe:  # sizes may differ from step to step
+        with pytest.raises(InputError, match="a batch of 2 samples cannot be split into 3 micro-batches"):
+            pipe.train_step(few.inputs[0][:2], few.targets[:2])
+        with pytest.raises(InputError, match="has size 1 in dimension 0; the model was captured for 2 to"):
+            pipe.train_step(few.inputs[0][:3], few.targets[:3])
+        losses = [float(pipe.train_step(few.inputs, few.targets)) for _ in range(STEPS)]
         assert losses == pytest.approx(wanted.losses, rel=1e-10)
         assert furthest(dict(job.model.state_dict()), dict(wanted.model.state_dict())) <= 1e-10
 

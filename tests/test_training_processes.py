@@ -121,10 +121,14 @@ def slow_loss(result: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("device", [0, 1])
-def test_a_worker_killed_in_a_step_is_one_named_exception(device: int) -> None:
-    job = TRAINING["mlp"].make()
+def test_a_worker_killed_in_a_step_is_one_named_exception(device: int, tmp_path: Path) -> None:
+    """And the last checkpoint stays whole: another pipeline goes on from it as if nothing had happened."""
+    job, twin = TRAINING["mlp"].make(), TRAINING["mlp"].make()
+    with compiled(twin, 2, "1f1b", SGD) as whole:
+        wanted = [float(whole.train_step(twin.inputs, twin.targets)) for _ in range(3)]
     pipe = compiled(Job(job.model, job.inputs, job.targets, slow_loss), 2, "1f1b", SGD, executor="process")
     pipe.train_step(job.inputs, job.targets)
+    pipe.save_checkpoint(tmp_path / "last.safetensors")
     before = {name: value.clone() for name, value in pipe.state_dict().items()}
     victim = pids(pipe)[device]
     timer = threading.Timer(0.4, os.kill, (victim, signal.SIGKILL))
@@ -135,6 +139,10 @@ def test_a_worker_killed_in_a_step_is_one_named_exception(device: int) -> None:
     timer.join()
     assert all(gone(pid) for pid in workers)
     assert furthest(pipe.state_dict(), before) == 0.0  # no half of an update
+    again = TRAINING["mlp"].make()
+    with compiled(again, 2, "1f1b", SGD) as other:
+        other.load_checkpoint(tmp_path / "last.safetensors")
+        assert [float(other.train_step(again.inputs, again.targets)) for _ in range(2)] == wanted[1:]
     with pytest.raises(PipelineClosed, match="it failed: device"):
         pipe.train_step(job.inputs, job.targets)
 

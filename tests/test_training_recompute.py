@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.training import TRAINING
 from oracles.training import pieces_of
 from pipecompile.errors import PlanError
-from pipecompile.ir.program import Op
-from pipecompile.ir.training import kept_at_once
+from pipecompile.ir.program import HOST, Op
+from pipecompile.ir.training import kept_at_once, waiting_at_once
+from pipecompile.passes.choose_step import Candidate
 from pipecompile.schedules.recompute import recompute, recomputed
 from pipecompile.schedules.training import STEP_SCHEDULES
 from pipecompile.simulate.step import step_table, step_ticks
@@ -104,9 +105,11 @@ def test_auto_recomputes_as_few_stages_as_the_limit_asks_for() -> None:
             max(kept_at_once(pipe.program, sizes)),
             kept_at_once(recompute(pipe.program, [0], 1), sizes, stashes),
         )
-    with compiled(job, 2, "gpipe", SGD, recompute="auto", memory_limit=most) as pipe:
+        waiting = max(waiting_at_once(pipe.program))
+    with compiled(job, 2, "gpipe", SGD, recompute="auto", memory_limit=int(most) + waiting) as pipe:
         assert not recomputed(pipe.program)
-    limit = int(least[0])
+    limit = int(least[0]) + 1000  # room for what waits
+    assert limit < most
     with compiled(job, 2, "gpipe", SGD, recompute="auto", memory_limit=limit) as pipe:
         assert recomputed(pipe.program) == {0}
         assert max(kept_at_once(pipe.program, [c.kept for c in pipe.costs], [c.stash for c in pipe.costs])) <= limit
@@ -118,6 +121,21 @@ def test_auto_recomputes_as_few_stages_as_the_limit_asks_for() -> None:
         compiled(job, 2, "gpipe", SGD, recompute="auto")
     with pytest.raises(PlanError, match="recompute='sometimes': choose 'none', 'stage' or 'auto'"):
         compiled(job, 2, "gpipe", SGD, recompute="sometimes")
+
+
+def test_inputs_that_wait_for_their_forward_count_as_memory() -> None:
+    """Under gpipe the stage with the loss begins nothing before its backward, and all it is to work on waits."""
+    with compiled(TRAINING["resnet"].make(), 2, "gpipe", SGD, recompute="stage") as pipe:
+        into = [edge for edge in pipe.program.edges if edge.target == 1 and edge.source in (HOST, 0)]
+        rings = sum(edge.slots * edge.nbytes for edge in into)
+        assert min(edge.slots for edge in into) > 1
+        need = Candidate("gpipe", pipe.plan, pipe.program, pipe.costs).memory
+        one = pipe.costs[1].kept  # of the micro-batch under way; what came in of it lies in a ring as well
+        assert need >= rings + one - sum(edge.nbytes for edge in into)
+    limits: list[Any] = [need, need - 1]
+    compiled(TRAINING["resnet"].make(), 2, "gpipe", SGD, recompute="stage", memory_limit=limits[0]).close()
+    with pytest.raises(PlanError, match=f"within memory_limit={limits[1]:,} bytes a device; they need: gpipe {need:,}"):
+        compiled(TRAINING["resnet"].make(), 2, "gpipe", SGD, recompute="stage", memory_limit=limits[1])
 
 
 def test_the_clock_table_of_the_comment() -> None:

@@ -96,7 +96,7 @@ class Checkpoint:
         model = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
         model |= {name: model[same] for name, same in head["aliases"].items()}
         optimizer = None if head["optimizer"] is None else _unpacked(head["optimizer"], tensors)
-        return cls(model, optimizer, head["steps"], head["extra"])
+        return cls(model, optimizer, head["steps"], _value(head["extra"], tensors))
 
     def fits(self, state: Mapping[str, torch.Tensor], path: object) -> None:
         """Compare names and shapes with those of a model, before anything is changed.
@@ -138,17 +138,20 @@ def _packed(state: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> dict[
 
 
 def _unpacked(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    def value(found: Any) -> Any:
-        if isinstance(found, dict) and "tensor" in found:
-            return tensors[found["tensor"]]
-        if isinstance(found, dict) and "tuple" in found:
-            return tuple(value(item) for item in found["tuple"])
-        return [value(item) for item in found] if isinstance(found, list) else found
+    state = {int(i): {key: _value(v, tensors) for key, v in values.items()} for i, values in data["state"].items()}
+    groups = [{key: _value(v, tensors) for key, v in group.items()} for group in data["param_groups"]]
+    return {"state": state, "param_groups": groups}
 
-    return {
-        "state": {int(i): {key: value(v) for key, v in values.items()} for i, values in data["state"].items()},
-        "param_groups": [{key: value(v) for key, v in group.items()} for group in data["param_groups"]],
-    }
+
+def _value(found: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The inverse of :func:`_plain`, with tensors put back."""
+    if isinstance(found, dict) and found.keys() == {"tensor"} and found["tensor"] in tensors:
+        return tensors[found["tensor"]]
+    if isinstance(found, dict) and found.keys() == {"tuple"}:
+        return tuple(_value(item, tensors) for item in found["tuple"])
+    if isinstance(found, dict):
+        return {key: _value(item, tensors) for key, item in found.items()}
+    return [_value(item, tensors) for item in found] if isinstance(found, list) else found
 
 
 def _plain(value: Any, where: str) -> Any:

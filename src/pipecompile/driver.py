@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Unpack, overload
 
 import torch
@@ -23,10 +23,13 @@ from pipecompile.learn_driver import compile_learning
 from pipecompile.learning import LearningPipeline
 from pipecompile.options import InferenceOptions, LearningOptions, Mode, TrainingOptions, check_options
 from pipecompile.passes.partition import with_memory
+from pipecompile.runtime.batches import Reduction
+from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.streams.engine import ExecutorName, OnFailure
 from pipecompile.streams.entrance import Overload
+from pipecompile.train_artefact import SavedTraining
 from pipecompile.train_driver import compile_training
-from pipecompile.training import TrainingPipeline
+from pipecompile.training import TrainingPipeline, resume_training
 
 #: What carries out each mode: called with model, args, kwargs, cluster and the options of the mode.
 _MODES: Mapping[str, Any] = {"infer": compile_inference, "train": compile_training, "learn": compile_learning}
@@ -124,10 +127,17 @@ def compile(
             ``functools.partial(torch.optim.SGD, lr=0.1)``; one is made for each stage. In training, without
             both ``pipe(x)`` takes part in autograd, for a loss and an optimizer of the caller's (schedules
             ``"gpipe"`` and ``"breadth_first"`` only).
+        param_groups: (train) parameter groups as torch's optimizers take them, or a function of the model that
+            gives them: ``[{"params": ["*.bias", "*norm*"], "weight_decay": 0.0}, {"params": "*"}]``. ``params``
+            are parameters, their names, or patterns of names; a parameter is in the first group it fits.
         schedule: (train) ``"gpipe"``, ``"1f1b"``, ``"interleaved"``, ``"breadth_first"``, ``"zb_h1"``,
             ``"zb_v"``, or ``"auto"``, which measures the stages and simulates all of them.
         micro_batches: (train) into how many parts a batch is split along dimension 0. Where it does
-            not divide the example batch, sizes may differ from then on.
+            not divide the example batch, sizes may differ from then on. ``"auto"`` tries one, two, four and eight
+            a device (or divisors of the batch close by) and takes the fastest by simulation within
+            ``memory_limit``; the plan's notes say what was considered.
+        autocast: (train) ``torch.bfloat16``: stages compute under torch's autocast, as the model would in plain
+            PyTorch. The loss is computed outside of it, on results made float32.
         reduction: (train) how the loss is reduced where ``loss_fn`` does not say: ``"mean"``, ``"sum"``,
             or a function of a target that counts what its mean is over.
         example_targets: (train, learn) targets of the example, to measure the last stage with.
@@ -180,9 +190,11 @@ def _import_aside(module: str) -> None:
         thread.join()
 
 
+@overload
 def load(
     path: str | os.PathLike[str],
     *,
+    mode: Literal["infer"] = "infer",
     executor: ExecutorName = "process",
     trust: bool = False,
     hang_seconds: float | None = None,
@@ -191,13 +203,58 @@ def load(
     deadline: float | None = None,
     on_failure: OnFailure = "raise",
     throttle: Mapping[str, Link] | None = None,
-) -> InferencePipeline:
+) -> InferencePipeline: ...
+
+
+@overload
+def load(
+    path: str | os.PathLike[str],
+    *,
+    mode: Literal["train"],
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    optimizer: OptimizerFactory | None = None,
+    reduction: Reduction | None = None,
+    executor: ExecutorName = "process",
+    trust: bool = False,
+    hang_seconds: float | None = None,
+    throttle: Mapping[str, Link] | None = None,
+) -> TrainingPipeline: ...
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    mode: Literal["infer", "train"] = "infer",
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    optimizer: OptimizerFactory | None = None,
+    reduction: Reduction | None = None,
+    executor: ExecutorName = "process",
+    trust: bool = False,
+    hang_seconds: float | None = None,
+    on_overload: Overload = "block",
+    max_in_flight: int | None = None,
+    deadline: float | None = None,
+    on_failure: OnFailure = "raise",
+    throttle: Mapping[str, Link] | None = None,
+) -> InferencePipeline | TrainingPipeline:
     """Load a pipeline written by ``save()``; the model's source is not needed. Options as for :func:`compile`.
 
+    Training goes on where it was saved, bit for bit; ``loss_fn`` and ``optimizer`` are code of the caller's, which
+    a saved pipeline does not hold, and are given again.
+
     Raises:
-        ArtefactError: if a file is missing, altered, too new, or holds code that is not allowed
-            (``trust=True`` allows custom operators).
+        ArtefactError: if a file is missing, altered, too new, of another mode, or holds code that is not
+            allowed (``trust=True`` allows custom operators).
+        InputError: if a training pipeline was compiled with a loss and gets none, or the reverse.
     """
+    if mode == "train":
+        saved = SavedTraining.load(path, trust=trust)
+        return resume_training(
+            saved, _skeleton(saved.step.package, saved.tensors), loss_fn, optimizer, reduction=reduction,
+            executor=executor, hang_seconds=hang_seconds, throttle=throttle,
+        )  # fmt: skip
+    if loss_fn is not None or optimizer is not None or reduction is not None:
+        raise InputError("loss_fn=, optimizer= and reduction= are for training: load with mode='train'")
     package, tensors = artefact.load(path, trust=trust)
     model = _skeleton(package, tensors)
     return InferencePipeline(
@@ -215,8 +272,8 @@ def load(
 
 
 def _skeleton(package: Package, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A module tree that holds a loaded package's parameters and buffers under their old names."""
-    root = nn.Module()
+    """A module tree that holds a loaded package's parameters and buffers under their old names; ties stay ties."""
+    root, known = nn.Module(), dict[Any, nn.Parameter]()
     for entry in package.state:
         if entry.kind == "constant":
             continue
@@ -231,7 +288,9 @@ def _skeleton(package: Package, tensors: Mapping[str, torch.Tensor]) -> nn.Modul
         if entry.kind == "buffer":
             owner.register_buffer(key, tensors[entry.name], persistent=entry.persistent)
         else:
-            parameter = nn.Parameter(tensors[entry.name], requires_grad=entry.requires_grad)
+            tensor = tensors[entry.name]
+            place = (tensor.data_ptr() or entry.name, tensor.shape, tensor.stride())
+            parameter = known.setdefault(place, nn.Parameter(tensor, requires_grad=entry.requires_grad))
             owner.register_parameter(key, parameter)
             tensors[entry.name] = parameter  # type: ignore[index]
     return root

@@ -50,7 +50,7 @@ class LearnState:
     def put_back(self, snapshot: Mapping[str, Any], learner: Learner | None) -> None:
         """Values of a snapshot: the model's at once, the optimizers' now or with the next learner."""
         self._model.load_state_dict(snapshot["model"])
-        state, settings = self._weights.unpacked(snapshot["optimizer"])
+        state, (settings,) = self._weights.unpacked(snapshot["optimizer"])
         self._carried = state, settings, int(snapshot["updates"])
         if learner is not None:
             self.hand_over(learner)

@@ -11,6 +11,8 @@ from torch import nn
 
 from pipecompile.errors import InputError
 from pipecompile.ir.graph import StateSpec
+from pipecompile.param_groups import ModelGroups
+from pipecompile.runtime.groups import ParameterGroups
 
 
 class ModelWeights:
@@ -22,8 +24,9 @@ class ModelWeights:
         owned: Mapping[int, Sequence[str]],
         tensors: Mapping[str, torch.Tensor],
         model: nn.Module,
+        groups: ModelGroups | None = None,
     ) -> None:
-        self._tensors, self._model = dict(tensors), model
+        self._tensors, self._model, self._given = dict(tensors), model, groups
         self._names = [name for names in owned.values() for name in names]
         self._fqn = {entry.name: entry.fqn for entry in state}
         self._pointers: list[tuple[int, int]] = []
@@ -37,9 +40,20 @@ class ModelWeights:
         return next((n for n, p in self._model.named_parameters() if p is self._tensors[name]), self._fqn[name])
 
     def positions(self) -> dict[str, int]:
-        """Placeholder name of a trained weight -> its place in ``model.parameters()``."""
-        places = {id(p): i for i, p in enumerate(self._model.parameters())}
+        """Placeholder name of a trained weight -> its place in a plain optimizer: group by group."""
+        places = {id(p): i for i, p in enumerate(p for group in self._groups.members for p in group)}
         return {name: places[id(self._tensors[name])] for name in self._names}
+
+    @property
+    def _groups(self) -> ModelGroups:
+        return self._given or ModelGroups.of(self._model)
+
+    def groups(self) -> ParameterGroups:
+        """The parameter groups by placeholder name."""
+        if self._given is None:
+            return ParameterGroups()
+        of = {id(p): i for i, group in enumerate(self._given.members) for p in group}
+        return ParameterGroups({name: of[id(self._tensors[name])] for name in self._names}, self._given.settings)
 
     def state_dict(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """A copy of the model's ``state_dict`` with other values for some of the placeholders."""
@@ -47,30 +61,44 @@ class ModelWeights:
         found: dict[str, Any] = self._model.state_dict(keep_vars=True)
         return {name: copy.deepcopy(_detached(values.get(id(value), value))) for name, value in found.items()}
 
-    def packed(self, state: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str, Any]:
-        """State and settings by placeholder as the ``state_dict`` of a plain optimizer over ``model.parameters()``."""
-        names = self.positions()
-        settings = next(iter(groups.values()), {})
-        return {
-            "state": {names[name]: value for name, value in sorted(state.items(), key=lambda kv: names[kv[0]])},
-            "param_groups": [{**settings, "params": list(range(len(list(self._model.parameters()))))}],
-        }
+    def groups_by_name(self) -> list[dict[str, Any]] | None:
+        """The parameter groups given, with names for parameters; None where there is one of all."""
+        if self._given is None:
+            return None
+        names = {p: name for name, p in self._model.named_parameters()}
+        pairs = zip(self._given.members, self._given.settings, strict=True)
+        return [{**settings, "params": [names[p] for p in members]} for members, settings in pairs]
 
-    def unpacked(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The inverse of :meth:`packed`, with the settings of the one group.
+    def packed(self, state: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str, Any]:
+        """State and settings by placeholder as the ``state_dict`` of a plain optimizer with the same groups."""
+        names = self.positions()
+        any_settings = next(iter(groups.values()), {})  # where nothing in a group is trained
+        of = self.groups()
+        found = {of.members.get(name, 0): settings for name, settings in groups.items()}
+        packed, start = list[dict[str, Any]](), 0
+        for i, (members, given) in enumerate(zip(self._groups.members, self._groups.settings, strict=True)):
+            settings = found.get(i, {**any_settings, **given})
+            packed.append({**settings, "params": list(range(start, start + len(members)))})
+            start += len(members)
+        values = {names[name]: value for name, value in sorted(state.items(), key=lambda kv: names[kv[0]])}
+        return {"state": values, "param_groups": packed}
+
+    def unpacked(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The inverse of :meth:`packed`, with the settings of each group.
 
         Raises:
-            InputError: if it has several parameter groups, or another number of parameters.
+            InputError: if it has other parameter groups, or another number of parameters.
         """
         groups = state_dict["param_groups"]
-        count = len(list(self._model.parameters()))
-        if len(groups) != 1 or len(groups[0]["params"]) != count:
+        found, wanted = [len(group["params"]) for group in groups], [len(group) for group in self._groups.members]
+        if found != wanted:
             raise InputError(
-                f"the optimizer state has {len(groups)} groups with {[len(g['params']) for g in groups]} parameters; "
-                f"expected one group over all {count} of model.parameters()"
+                f"the optimizer state has {len(found)} groups with {found} parameters; expected {len(wanted)} with "
+                f"{wanted}: {'those of param_groups=' if self._given else 'one group over all of model.parameters()'}"
             )
-        settings = {key: value for key, value in groups[0].items() if key != "params"}
-        names = {position: name for name, position in self.positions().items()}
+        settings = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in groups]
+        order = [i for group in groups for i in group["params"]]
+        names = {order[position]: name for name, position in self.positions().items()}
         return {names[i]: value for i, value in state_dict["state"].items() if i in names}, settings
 
     def remember(self) -> None:

@@ -6,11 +6,13 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, get_args
 
+import torch
 from torch import nn
 
 from pipecompile.errors import InputError, PlanError
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.learning import Clock, Updates
+from pipecompile.param_groups import Groups
 from pipecompile.passes.partition import ObjectiveName
 from pipecompile.runtime.batches import Reduction
 from pipecompile.runtime.learn import OnNonfinite
@@ -69,8 +71,10 @@ class TrainingOptions(EveryMode, total=False):
 
     loss_fn: Callable[[Any, Any], Any] | None
     optimizer: OptimizerFactory | None
+    param_groups: Groups | None
     schedule: ScheduleName
-    micro_batches: int
+    micro_batches: int | Literal["auto"]
+    autocast: torch.dtype | None
     reduction: Reduction
     example_targets: Any
     clip_norm: float | None

@@ -6,8 +6,9 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,10 +26,12 @@ from pipecompile.ir.program import Program
 from pipecompile.ir.training import Gradients, StageCost, StepPackage
 from pipecompile.ir.tree import Tree, flatten, unflatten
 from pipecompile.options import Progress, silent
+from pipecompile.param_groups import Groups, ModelGroups
 from pipecompile.passes.choose_step import Candidate, ChooseStep
 from pipecompile.passes.codegen_step import CodegenStep
 from pipecompile.passes.lower_step import LowerStep, owners, weight_users
 from pipecompile.passes.measure_step import MeasureStep
+from pipecompile.passes.part_counts import best_count, part_counts
 from pipecompile.passes.plan_step import PlanStep, step_schedule, training_profile
 from pipecompile.passes.profile import ProfileLayers
 from pipecompile.passes.recompute import Recompute
@@ -36,6 +39,7 @@ from pipecompile.passes.trace import Traced
 from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_step import VerifyStep
 from pipecompile.runtime.batches import Reduction, batched_inputs, split_inputs, split_targets
+from pipecompile.runtime.criterion import full_precision
 from pipecompile.runtime.learn_sets import WeightSets
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.update import OptimizerFactory, copies_kept
@@ -55,8 +59,10 @@ def compile_training(
     *,
     loss_fn: Callable[[Any, Any], Any] | None = None,
     optimizer: OptimizerFactory | None = None,
+    param_groups: Groups | None = None,
     schedule: ScheduleName = "auto",
-    micro_batches: int = 4,
+    micro_batches: int | Literal["auto"] = 4,
+    autocast: torch.dtype | None = None,
     reduction: Reduction = "auto",
     leaf: Sequence[str | type[nn.Module]] = (),
     ahead: int | None = None,
@@ -80,43 +86,61 @@ def compile_training(
     tell = progress or silent
     drop_in = loss_fn is None
     names = _schedules(schedule, drop_in, optimizer, clip_norm, check_finite or keep_gradients)
+    if param_groups is not None and optimizer is None:
+        raise InputError("param_groups= is for the pipeline's own optimizer: give optimizer= as well")
+    groups = None if param_groups is None else ModelGroups.of(model, param_groups)
     leaves, tree = flatten((args, kwargs))
     batch, batched = batched_inputs(leaves)
-    if not 1 <= micro_batches <= batch:
+    counts = part_counts(batch, len(cluster.devices)) if micro_batches == "auto" else [micro_batches]
+    if not all(1 <= count <= batch for count in counts):
         raise InputError(f"micro_batches={micro_batches}: a batch of {batch} samples has 1 to {batch} micro-batches")
-    first = split_inputs(leaves, batched, micro_batches)[0]
-    part_args, part_kwargs = unflatten(tree, first)
-    dynamic = _batch_dims(tree, batched) if batch % micro_batches else None
-    tell("trace", 0.0)
-    with eager_models():
-        traced, gradients = TraceStep(tuple(leaf), dynamic).trace(model, part_args, part_kwargs)
-    tell("profile", 0.3)
-    measure = CpuMeasure()
-    measured = ProfileLayers(profile_seconds).apply(traced.graph, traced.module, traced.tensors, first, measure)
-    profile = training_profile(traced.graph, measured, gradients, again=recompute == "stage")
-    tell("partition", 0.6)
-    loss = ExampleLoss(loss_fn, traced.graph.out_tree, _part(example_targets, batch, micro_batches))
-    planner = StepPlanner(
-        traced,
-        gradients,
-        first,
-        loss,
-        measure,
-        replace(cluster, link=measured.link),
-        micro_batches,
-        LowerStep(1 if ahead is None else ahead, drop_in),
-        Recompute(recompute, memory_limit),
-        MeasureStep(profile_seconds / 8, deferred_batch_norm),
-        time_limit,
-        2.0 if optimizer is None else copies_kept(optimizer),
-    )
-    names = [name for name in names if schedule != "auto" or STEP_SCHEDULES[name].chunks <= len(traced.graph.layers)]
-    chosen = ChooseStep(memory_limit).apply([planner.candidate(name, profile) for name in names])
-    plan, program, graph = chosen.plan, chosen.program, traced.graph
+    half, measure, choose = _autocast(autocast), CpuMeasure(), ChooseStep(memory_limit)
+    dtype = None if autocast is None else str(autocast).removeprefix("torch.")
+    planners: dict[int, StepPlanner] = {}
+
+    def tried(count: int, at: float) -> list[Candidate]:
+        """The candidates of one number of micro-batches."""
+        part = 1 / len(counts)
+        first = split_inputs(leaves, batched, count)[0]
+        part_args, part_kwargs = unflatten(tree, first)
+        dynamic = _batch_dims(tree, batched) if batch % count else None
+        tell("trace", at)
+        with eager_models(), half:
+            traced, gradients = TraceStep(tuple(leaf), dynamic).trace(model, part_args, part_kwargs)
+        tell("profile", at + 0.3 * part)
+        with half:
+            measured = ProfileLayers(profile_seconds).apply(traced.graph, traced.module, traced.tensors, first, measure)
+        profile = training_profile(traced.graph, measured, gradients, again=recompute == "stage")
+        tell("partition", at + 0.6 * part)
+        loss = ExampleLoss(loss_fn, traced.graph.out_tree, _part(example_targets, batch, count), autocast is not None)
+        planner = planners[count] = StepPlanner(
+            traced,
+            gradients,
+            first,
+            loss,
+            measure,
+            replace(cluster, link=measured.link),
+            count,
+            LowerStep(1 if ahead is None else ahead, drop_in, early=clip_norm is None and not check_finite),
+            Recompute(recompute, memory_limit),
+            MeasureStep(profile_seconds / 8, deferred_batch_norm, dtype),
+            time_limit,
+            2.0 if optimizer is None else copies_kept(optimizer),
+        )
+        few = len(traced.graph.layers)
+        fitting = [name for name in names if schedule != "auto" or STEP_SCHEDULES[name].chunks <= few]
+        return [planner.candidate(name, profile) for name in fitting]
+
+    chosen, notes = best_count(counts, lambda i: tried(counts[i], 0.9 * i / len(counts)), choose)
+    planner, plan, program = planners[chosen.program.micro_batches], chosen.plan, chosen.program
     if len(plan.cluster.devices) < len(cluster.devices):
         warnings.warn("; ".join(plan.notes), PipecompileWarning, stacklevel=3)
+    plan = replace(plan, notes=(*plan.notes, *notes))
+    traced, gradients, first, graph = planner.traced, planner.gradients, planner.leaves, planner.traced.graph
     tell("codegen", 0.9)
-    modules = CodegenStep(deferred=deferred_batch_norm).apply(graph, traced.module, plan, program, gradients)
+    modules = CodegenStep(deferred=deferred_batch_norm, autocast=dtype).apply(
+        graph, traced.module, plan, program, gradients
+    )
     owned = {stage: tuple(names) for stage, names in owners(weight_users(graph, plan, gradients.weights)).items()}
     package = replace(package_of(traced, first, modules, plan, program), imports=tuple(imports))
     step = StepPackage(package, owned, batched)
@@ -135,6 +159,8 @@ def compile_training(
         executor=executor,
         hang_seconds=hang_seconds,
         throttle=throttle,
+        groups=groups,
+        full_loss=autocast is not None,
         costs=tuple(
             replace(cost, update=update_seconds(optimizer, traced, owned.get(stage, ())))
             for stage, cost in enumerate(chosen.costs)
@@ -213,6 +239,7 @@ class ExampleLoss:
     loss_fn: Callable[[Any, Any], Any] | None
     tree: Tree
     targets: Any
+    full: bool = False
 
     def __call__(self, outputs: Sequence[Any]) -> torch.Tensor:
         """The loss of the example.
@@ -221,12 +248,27 @@ class ExampleLoss:
             InputError: if it is no scalar tensor.
         """
         if self.targets is not None and self.loss_fn is not None:
-            loss = self.loss_fn(unflatten(self.tree, list(outputs)), self.targets)
+            results = [full_precision(o) for o in outputs] if self.full else list(outputs)
+            loss = self.loss_fn(unflatten(self.tree, results), self.targets)
             if isinstance(loss, torch.Tensor) and loss.dim() == 0:
                 return loss
             raise InputError("loss_fn must return a scalar tensor (reduce it with mean or sum)")
         parts = [o.double().sum() for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
         return torch.stack(parts).sum()
+
+
+def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Torch's autocast for tracing and timing, without its cache: what that holds of a run without gradients has none.
+
+    Raises:
+        InputError: for a dtype whose gradients need more than that.
+    """
+    if dtype not in (None, torch.bfloat16):
+        raise InputError(
+            f"autocast={dtype!r}: only torch.bfloat16 is possible; gradients in float16 vanish unless the loss is "
+            "scaled, which is not done here"
+        )
+    return torch.autocast("cpu", dtype=dtype, cache_enabled=False) if dtype else nullcontext()
 
 
 def _part(targets: Any, batch: int, parts: int) -> Any:

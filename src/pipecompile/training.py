@@ -6,6 +6,7 @@ import copy
 import os
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from pipecompile.ir.package import Package
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.training import StageCost, StepPackage, StepRequest
 from pipecompile.model_weights import ModelWeights
+from pipecompile.param_groups import ModelGroups
 from pipecompile.runtime.batches import Reduction, loss_weights, split_inputs, split_targets
 from pipecompile.runtime.criterion import Criterion
 from pipecompile.runtime.inline_step import InlineTrainer, Trainer
@@ -29,6 +31,7 @@ from pipecompile.runtime.process_step import ProcessTrainer
 from pipecompile.runtime.training import Training
 from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.simulate.step import simulate_step
+from pipecompile.train_artefact import SavedTraining
 
 ExecutorName = Literal["process", "inline"]
 
@@ -58,20 +61,26 @@ class TrainingPipeline(LearnsInPlace):
         hang_seconds: float | None = None,
         throttle: Mapping[str, Link] | None = None,
         costs: tuple[StageCost, ...],
+        groups: ModelGroups | None = None,
+        full_loss: bool = False,
+        resume: Checkpoint | None = None,
     ) -> None:
         super().__init__(model)
         self._step, self._loss_fn = step, loss_fn
-        self._training = Training(loss_fn, optimizer, seed, keep_gradients, check_finite)
         batch_dims = [(i, 0) for i, cut in enumerate(step.batched) if cut and step.package.symbols]
         self._arguments = Arguments(step.package, batch_dims)
         self._reduction: Reduction = reduction
         self._watching: dict[str, Any] = {"hang_seconds": hang_seconds, "throttle": throttle}
         self._clip, self._costs = clip_norm, costs
         self._executor = executor
-        self._weights = ModelWeights(step.package.state, step.owned, tensors, model)
+        self._weights = ModelWeights(step.package.state, step.owned, tensors, model, groups)
+        self._training = Training(
+            loss_fn, optimizer, seed, keep_gradients, check_finite, self._weights.groups(), full_loss
+        )
         self._drop_in = DropIn(step, tensors)
         self._trainer: Trainer | None = None
-        self._steps, self._accumulated = 0, False
+        self._steps, self._accumulated = 0 if resume is None else resume.steps, False
+        self._resume = None if resume is None else resume.optimizer
         self._closed = ""
         self._lock = threading.RLock()
 
@@ -154,7 +163,7 @@ class TrainingPipeline(LearnsInPlace):
             stages = sorted({s for s, own in self._step.owned.items() for name in own if name in error.weights})
             return f"of {', '.join(names)} in stage {', '.join(map(str, stages))}" if names else "it overflowed"
         assert self._loss_fn is not None
-        criterion = Criterion(self._loss_fn, package.out_tree)
+        criterion = Criterion(self._loss_fn, package.out_tree, full=self._training.full_loss)
         criterion.targets, criterion.weights = request.targets, request.weights
         return origin(self._step, self._weights.current(), criterion, request, error.micro_batch, self._training.seed)
 
@@ -170,14 +179,17 @@ class TrainingPipeline(LearnsInPlace):
         return simulate_step(self.program, self._costs, self.plan.cluster.link, cluster=self.plan.cluster)
 
     def optimizer_state_dict(self) -> dict[str, Any]:
-        """A copy of the optimizers' state as that of one plain torch optimizer over ``model.parameters()``."""
+        """A copy of the optimizers' state as that of one plain torch optimizer over ``model.parameters()``.
+
+        Compiled with ``param_groups=``, as that of one with the same groups.
+        """
         return self._weights.packed(*copy.deepcopy(self._ready().optimizer_state()))
 
     def load_optimizer_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over the state of a plain torch optimizer over ``model.parameters()`` with one group.
+        """Take over the state of a plain torch optimizer over ``model.parameters()``, or with the same groups.
 
         Raises:
-            InputError: if it has several parameter groups, or another number of parameters.
+            InputError: if it has other parameter groups, or another number of parameters.
         """
         self._ready().load_optimizer_state(*self._weights.unpacked(state_dict))
 
@@ -207,11 +219,7 @@ class TrainingPipeline(LearnsInPlace):
                 checkpoint does not hold; or if something is not JSON.
         """
         with self._lock:
-            if self._accumulated:
-                raise InputError(
-                    "gradients of train_step(update=False) wait for their update, and a checkpoint does not hold "
-                    "them: save after a step that updates"
-                )
+            self._settled()
             own = self._training.optimizer is not None
             if own == (optimizer is not None):
                 raise InputError(
@@ -221,6 +229,41 @@ class TrainingPipeline(LearnsInPlace):
                 )
             state = self.optimizer_state_dict() if optimizer is None else optimizer.state_dict()
             Checkpoint(self._model.state_dict(), state, self._steps, extra).save(path)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the pipeline to a folder that ``pipecompile.load(path, mode="train", ...)`` goes on from bit for bit.
+
+        It holds generated code, weights, buffers, the optimizers' state, the number of steps and the options;
+        the loss and the optimizer are given again when it is loaded, and so is a ``reduction`` that is a function.
+        The state of an optimizer of the caller's is not in it (:meth:`save_checkpoint` takes that).
+
+        Raises:
+            ArtefactError: if the folder cannot be written or holds something else.
+            InputError: while gradients of ``update=False`` steps wait for their update.
+        """
+        with self._lock:
+            self._settled()
+            training = self._training
+            options = {
+                "own": training.optimizer is not None,
+                "reduction": None if callable(self._reduction) else self._reduction,
+                "seed": training.seed,
+                "clip_norm": self._clip,
+                "keep_gradients": training.keep_gradients,
+                "check_finite": training.check_finite,
+                "full_loss": training.full_loss,
+                "groups": self._weights.groups_by_name(),
+            }
+            state = None if training.optimizer is None else self.optimizer_state_dict()
+            resume = Checkpoint({}, state, self._steps)
+            return SavedTraining(self._step, self._weights.current(), self._costs, options, resume).save(path)
+
+    def _settled(self) -> None:
+        if self._accumulated:
+            raise InputError(
+                "gradients of train_step(update=False) wait for their update, and what is saved does not hold "
+                "them: save after a step that updates"
+            )
 
     def load_checkpoint(self, path: str | os.PathLike[str], *, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Go on from :meth:`save_checkpoint`, on any number of devices and under any schedule.
@@ -243,9 +286,18 @@ class TrainingPipeline(LearnsInPlace):
             self._steps = found.steps
             return found.extra
 
-    def set_optimizer(self, **settings: Any) -> None:
-        """Change settings of the optimizers from the next step on: ``pipe.set_optimizer(lr=0.01)``."""
-        self._ready().set(settings)
+    def set_optimizer(self, group: int | None = None, /, **settings: Any) -> None:
+        """Change settings of the optimizers from the next step on: ``pipe.set_optimizer(lr=0.01)``.
+
+        ``pipe.set_optimizer(1, lr=0.01)`` changes one of ``param_groups``, counted from 0.
+
+        Raises:
+            InputError: if there is no such group.
+        """
+        groups = len(self._training.groups.settings)
+        if group is not None and not 0 <= group < groups:
+            raise InputError(f"there is no parameter group {group}: this pipeline has {groups}, counted from 0")
+        self._ready().set(settings, group)
 
     def close(self) -> None:
         """End. Closing twice is fine; parameters and buffers stay usable."""
@@ -320,6 +372,9 @@ class TrainingPipeline(LearnsInPlace):
             else:
                 self._trainer = ProcessTrainer(self._step, tensors, self._training, **self._watching)
             self._weights.remember()
+            if self._resume is not None:
+                self._trainer.load_optimizer_state(*self._weights.unpacked(self._resume))
+                self._resume = None
         elif self._weights.moved():
             raise InputError(
                 "the model's parameters were replaced (assign=True, .double(), .to()): compile again, or load values "
@@ -328,4 +383,47 @@ class TrainingPipeline(LearnsInPlace):
         return self._trainer
 
 
-__all__ = ["TrainingPipeline"]
+def resume_training(
+    saved: SavedTraining,
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Any] | None,
+    optimizer: OptimizerFactory | None,
+    *,
+    reduction: Reduction | None = None,
+    executor: ExecutorName = "process",
+    hang_seconds: float | None = None,
+    throttle: Mapping[str, Link] | None = None,
+) -> TrainingPipeline:
+    """The pipeline that was saved; ``model`` holds its parameters and buffers.
+
+    Raises:
+        InputError: if loss and optimizer are not given as they were, or a reduction is missing.
+    """
+    options = dict(saved.options)
+    own, groups, named = options.pop("own"), options.pop("groups"), options.pop("reduction")
+    if (loss_fn is not None, optimizer is not None) != (own, own):
+        raise InputError(
+            "this pipeline was compiled with a loss and an optimizer: give loss_fn= and optimizer= again"
+            if own
+            else "this pipeline was compiled without a loss: load it without loss_fn= and optimizer="
+        )
+    if reduction is None and named is None:
+        raise InputError("this pipeline was compiled with a function as reduction=: give it again")
+    return TrainingPipeline(
+        saved.step,
+        saved.tensors,
+        model,
+        loss_fn,
+        optimizer,
+        reduction=named if reduction is None else reduction,
+        executor=executor,
+        hang_seconds=hang_seconds,
+        throttle=throttle,
+        costs=saved.costs,
+        groups=None if groups is None else ModelGroups.of(model, groups),
+        resume=saved.resume,
+        **options,
+    )
+
+
+__all__ = ["TrainingPipeline", "resume_training"]

@@ -15,7 +15,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-RANDOM = {"aten::bernoulli_", "aten::bernoulli", "aten::native_dropout", "aten::rand_like", "aten::randn_like"}
+RANDOM = {
+    "aten::bernoulli_", "aten::bernoulli", "aten::native_dropout", "aten::rand_like", "aten::randn_like",
+    "aten::rrelu_with_noise",
+}  # fmt: skip
 
 
 class Masks(TorchDispatchMode):

@@ -43,12 +43,13 @@ def with_weights(graph: ModelGraph, uses: dict[int, tuple[str, ...]]) -> ModelGr
 
 
 def lowered(
-    name: str, devices: int, m: int, graph: ModelGraph, weights: tuple[str, ...], values: set[str], ahead: int = 1
+    name: str, devices: int, m: int, graph: ModelGraph, weights: tuple[str, ...], values: set[str], ahead: int = 1,
+    early: bool = False,
 ) -> Program:
     plan = placed(name, devices, len(graph.layers))
     order = STEP_SCHEDULES[name].order(plan, m)
     gradients = Gradients(frozenset(values), {w: SPEC for w in weights})
-    return LowerStep(ahead).apply(graph, plan, order, gradients)
+    return LowerStep(ahead, early=early).apply(graph, plan, order, gradients)
 
 
 def chain(layers: int, uses: dict[int, tuple[str, ...]] | None = None) -> ModelGraph:
@@ -118,7 +119,7 @@ def test_any_dag_with_tied_weights_lowers_and_runs_on_paper(
 ) -> None:
     stages = devices * STEP_SCHEDULES[name].chunks
     graph, weights, values = data.draw(models(stages + data.draw(st.integers(0, 3))))
-    program = VerifyStep().apply(lowered(name, devices, m, graph, weights, values))
+    program = VerifyStep().apply(lowered(name, devices, m, graph, weights, values, early=data.draw(st.booleans())))
     assert Program.from_json(program.to_json()) == program
     timeline = step_ticks(program)
     computed = [e for e in timeline.events if e.activity in ("F", "B", "W", "BW")]
@@ -126,7 +127,7 @@ def test_any_dag_with_tied_weights_lowers_and_runs_on_paper(
     steps = [s.stage for d in program.devices for s in d.warm_up if s.op is Op.STEP]
     reduced = [s.edge for d in program.devices for s in d.warm_up if s.op is Op.REDUCE]
     assert len(steps) == len(set(steps)) <= stages
-    assert sorted(reduced) == sorted(e.name for e in program.edges if e.kind == "tied")
+    assert sorted(reduced) == sorted(e.name for e in program.edges if e.tied and e.slots)
     for edge in program.edges:
         if edge.backward:
             assert set(edge.values) <= values
@@ -140,7 +141,39 @@ def test_a_tied_weight_is_reduced_into_the_first_stage_that_uses_it() -> None:
     assert texts(program, 2)[-1] == "2SEND0@2>0:tied"
     assert not any("STEP" in word for word in texts(program, 1))
     folded = lowered("zb_v", 2, 2, chain(4, {0: ("w",), 3: ("w",)}), ("w",), {"v0", "v1", "v2", "v3"})
-    assert not any(edge.kind for edge in folded.edges)  # both ends on device 0: nothing to send
+    tied = folded.edge("3>0:tied")  # both ends on device 0: nothing to send, but something to wait for
+    assert tied.slots == 0
+    assert not any("tied" in word for word in texts(folded, 0))
+
+
+def test_a_stage_updates_right_after_its_last_backward_where_nothing_forbids_it() -> None:
+    graph = chain(4)
+    weights, values = tuple(f"w{i}" for i in range(4)), {f"v{i}" for i in range(4)}
+    late = lowered("interleaved", 2, 2, graph, weights, values)
+    assert texts(late, 1)[-2:] == ["1STEP0", "3STEP0"]
+    early = VerifyStep().apply(lowered("interleaved", 2, 2, graph, weights, values, early=True))
+    words = texts(early, 1)
+    assert words.index("3BW1") < words.index("3SEND1@3>2") < words.index("3STEP0") < words.index("1BW0")
+    assert words[-1] == "1STEP0"
+    costs = [StageCost(1.0, 1.0, 1.0, 2.0, update=0.5)] * 4
+    assert simulate_step(early, costs).finishes[0] <= simulate_step(late, costs).finishes[0]
+
+
+def test_an_update_waits_for_tied_gradients_of_its_device_and_of_others() -> None:
+    uses = {0: ("a", "w"), 1: ("b", "w"), 2: ("c",), 3: ("d", "w")}
+    values = {f"v{i}" for i in range(4)}
+    program = VerifyStep().apply(lowered("zb_v", 2, 4, chain(4, uses), ("a", "b", "c", "d", "w"), values, early=True))
+    assert {e.name: e.slots for e in program.edges if e.tied} == {"1>0:tied": 1, "3>0:tied": 0}
+    words = texts(program, 0)
+    assert words[-2:] == ["0REDUCE0@1>0:tied", "0STEP0"]
+    assert "3STEP0" in words[:-2]
+    own = {0: ("a", "w"), 1: ("b",), 2: ("c",), 3: ("d", "w")}
+    within = lowered("zb_v", 2, 4, chain(4, own), ("a", "b", "c", "d", "w"), values, early=True)
+    VerifyStep().apply(within)
+    last = max(texts(within, 0).index(word) for word in ("0W3", "3W3"))
+    too_early = change(within, 0, move("0STEP0", texts(within, 0)[last]))
+    with pytest.raises(ProgramError, match=r"0STEP0 comes before the weight gradients of stage \d are complete"):
+        VerifyStep().apply(too_early)
 
 
 def test_a_frozen_front_has_no_backward() -> None:

@@ -11,9 +11,11 @@ This bounds what loaded code can reach, not what a kernel does when it is given 
 from __future__ import annotations
 
 import ast
+import re
 
 from pipecompile.artefact.operators import is_tensor_operator
 from pipecompile.errors import ArtefactError
+from pipecompile.ir.training import HELPERS
 
 _IMPORTS = {"import math", "import operator", "import torch", "from itertools import count"}
 
@@ -48,9 +50,17 @@ _OPENERS = ("link.receiver", "link.sender")
 _LINK = _words("state receiver sender")
 _PORT = _words("post put end")
 
+#: What training adds.
+_HELPERS = {ast.unparse(statement) for statement in ast.parse(HELPERS).body}
+_CONSTANT = re.compile(r"(STATE|TRAINED)_\d+ = \(('\w+'(, '\w+')*,?)?\)")
+_STEP_LINK = _words("sums tensors receiver sender draw loss commit norm update")
+_STEP_PATHS = _words("draw.statistics sums.add sums.take kept.pop passed.pop torch.enable_grad")
+_METHODS = _words("detach requires_grad_ clone contiguous")
+_DICTS = _words("kept passed")
 
-def check_source(source: str, filename: str, *, trust: bool = False) -> None:
-    """Refuse generated code that holds anything not on the allow-list.
+
+def check_source(source: str, filename: str, *, trust: bool = False, step: bool = False) -> None:
+    """Refuse generated code that holds anything not on the allow-list: that of a stream, or of a training ``step``.
 
     Raises:
         ArtefactError: naming the file, the line and what is not allowed there.
@@ -59,10 +69,15 @@ def check_source(source: str, filename: str, *, trust: bool = False) -> None:
         tree = ast.parse(source, filename)
     except SyntaxError as error:
         raise ArtefactError(f"{filename}:{error.lineno}: not valid Python: {error.msg}") from error
-    _Checker(filename, trust, tree).visit(tree)
+    (_StepChecker if step else _Checker)(filename, trust, tree).visit(tree)
 
 
 class _Checker(ast.NodeVisitor):
+    """Visits a generated module of a stream."""
+
+    nodes: tuple[type[ast.AST], ...] = _NODES
+    callable: frozenset[str] = _BUILTINS | {"count"}
+
     def __init__(self, filename: str, trust: bool, tree: ast.Module) -> None:
         self.filename = filename
         self.trust = trust
@@ -76,7 +91,7 @@ class _Checker(ast.NodeVisitor):
         return ArtefactError(f"{self.filename}:{line}: {what} is not allowed in generated code{hint}")
 
     def generic_visit(self, node: ast.AST) -> None:
-        if not isinstance(node, _NODES):
+        if not isinstance(node, self.nodes):
             raise self.refuse(node, type(node).__name__)
         super().generic_visit(node)
 
@@ -86,8 +101,15 @@ class _Checker(ast.NodeVisitor):
             docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
             if isinstance(statement, ast.FunctionDef):
                 self.visit(statement)
-            elif text not in _IMPORTS and text != "aten = torch.ops.aten" and not docstring:
+            elif (
+                text not in _IMPORTS and text != "aten = torch.ops.aten" and not docstring and not self._constant(text)
+            ):
                 raise self.refuse(statement, f"the statement {text.splitlines()[0]!r}")
+
+    def _constant(self, statement: str) -> bool:
+        """Whether another statement may stand outside functions."""
+        del statement
+        return False
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         if node.name in self.reserved - self.functions | _MODULE_NAMES:
@@ -112,8 +134,9 @@ class _Checker(ast.NodeVisitor):
     def _target(self, node: ast.AST, target: ast.expr) -> None:
         """Only variables are assigned to, looped over and deleted: nothing outside changes."""
         names = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
-        if not all(isinstance(name, ast.Name) for name in names):
-            raise self.refuse(node, f"changing {ast.unparse(target)!r}")
+        for name in names:
+            if not isinstance(name, ast.Name):
+                raise self.refuse(node, f"changing {ast.unparse(target)!r}")
 
     def visit_Assign(self, node: ast.Assign) -> None:
         for target in node.targets:
@@ -176,7 +199,7 @@ class _Checker(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         function = node.func
         if isinstance(function, ast.Name):
-            if function.id not in self.functions | _BUILTINS | {"count"}:
+            if function.id not in self.functions | self.callable:
                 raise self.refuse(node, f"calling {function.id!r}")
         elif isinstance(function, ast.IfExp):
             for choice in (function.body, function.orelse):
@@ -186,10 +209,13 @@ class _Checker(ast.NodeVisitor):
             raise self.refuse(node, f"calling {ast.unparse(function)!r}")
         self.generic_visit(node)
 
+    def _context(self, call: ast.Call) -> bool:
+        return ast.unparse(call.func) == "torch.autocast"
+
     def visit_With(self, node: ast.With) -> None:
         for item in node.items:
             call = item.context_expr
-            if not isinstance(call, ast.Call) or ast.unparse(call.func) != "torch.autocast" or item.optional_vars:
+            if not isinstance(call, ast.Call) or not self._context(call) or item.optional_vars:
                 raise self.refuse(node, f"'with {ast.unparse(call)}'")
         self.generic_visit(node)
 
@@ -198,6 +224,52 @@ class _Checker(ast.NodeVisitor):
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         raise self.refuse(node, f"{ast.unparse(node)!r}")
+
+
+class _StepChecker(_Checker):
+    """Visits a generated training module.
+
+    Beyond what a stream may: the helpers of every training module, word for word; constants that name
+    tensors; what is kept between forward and backward in two dicts; ``grad``; the parts of a step's
+    link; and a few methods of tensors that make others of them.
+    """
+
+    nodes = (*_Checker.nodes, ast.Mult, ast.IsNot)
+    callable = _Checker.callable | {"grad", "draw", "loss_of"}
+
+    def _constant(self, statement: str) -> bool:
+        return statement in _HELPERS or _CONSTANT.fullmatch(statement) is not None
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        """A helper is known; the rest is checked."""
+        if ast.unparse(node) not in _HELPERS:
+            super().visit_FunctionDef(node)
+
+    def _target(self, node: ast.AST, target: ast.expr) -> None:
+        if isinstance(target, (ast.Tuple, ast.List)):
+            for part in target.elts:
+                self._target(node, part)
+        elif not (isinstance(target, ast.Subscript) and ast.unparse(target.value) in _DICTS):
+            super()._target(node, target)
+
+    def _name(self, node: ast.AST, name: str) -> None:
+        if name != "_":
+            super()._name(node, name)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        """Methods of tensors, on variables and on what calls and subscripts give."""
+        module = isinstance(node.value, ast.Name) and node.value.id in self.reserved
+        if node.attr in _METHODS and not module and not isinstance(node.value, ast.Attribute):
+            self.visit(node.value)
+        else:
+            super().visit_Attribute(node)
+
+    def _allowed_path(self, path: str) -> bool:
+        first, _, name = path.partition(".")
+        return path in _STEP_PATHS or (first == "link" and name in _STEP_LINK) or super()._allowed_path(path)
+
+    def _context(self, call: ast.Call) -> bool:
+        return ast.unparse(call) == "torch.enable_grad()" or super()._context(call)
 
 
 def _ports(function: ast.FunctionDef) -> set[str]:

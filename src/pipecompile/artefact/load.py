@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -30,7 +30,9 @@ from pipecompile.ir.program import Program, spec_from_json
 from pipecompile.ir.tree import Tree
 
 
-def load(path: str | os.PathLike[str], *, trust: bool = False) -> tuple[Package, dict[str, torch.Tensor]]:
+def load(
+    path: str | os.PathLike[str], *, trust: bool = False, mode: Literal["infer", "train"] = "infer"
+) -> tuple[Package, dict[str, torch.Tensor]]:
     """Read the folder ``path``: the package, and its state by placeholder name.
 
     Generated code is checked against an allow-list before anything of it runs. ``trust=True``
@@ -38,11 +40,14 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> tuple[Package,
 
     Raises:
         ArtefactError: if a file is missing, altered, of a newer format, made for a newer torch
-            than this one, or holds code that is not allowed. The message names it.
+            than this one, of another mode, or holds code that is not allowed. The message names it.
     """
     folder = Path(path)
     try:
         manifest = _manifest(folder)
+        saved = manifest.get("mode", "infer")
+        if saved != mode:
+            raise ArtefactError(f"{folder} was saved by a pipeline of mode={saved!r}: load it with mode={saved!r}")
         _check_files(folder, manifest)
         return _package(folder, manifest, trust)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -62,7 +67,7 @@ def _package(folder: Path, manifest: dict[str, Any], trust: bool) -> tuple[Packa
     for entry in manifest["modules"]:
         file = folder / entry["file"]
         source = file.read_text()
-        check_source(source, str(file), trust=trust)
+        check_source(source, str(file), trust=trust, step=manifest.get("mode") == "train")
         modules.append(
             DeviceModule(
                 entry["device"],

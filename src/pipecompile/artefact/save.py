@@ -6,9 +6,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -19,8 +19,18 @@ from pipecompile.errors import ArtefactError
 from pipecompile.ir.package import Package
 
 
-def save(package: Package, tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], version: str) -> Path:
+def save(
+    package: Package,
+    tensors: Mapping[str, torch.Tensor],
+    path: str | os.PathLike[str],
+    version: str,
+    *,
+    mode: Literal["infer", "train"] = "infer",
+    more: Callable[[Path], object] | None = None,
+) -> Path:
     """Write ``package`` and its state ``tensors`` (by placeholder name) to the folder ``path``.
+
+    ``more`` is called with the folder to write files of its own there.
 
     The folder appears whole or not at all; an older saved pipeline of that name is replaced.
 
@@ -36,7 +46,9 @@ def save(package: Package, tensors: Mapping[str, torch.Tensor], path: str | os.P
     except OSError as error:
         raise ArtefactError(f"cannot write to {target.parent}: {error.strerror or error}") from error
     try:
-        _write(package, tensors, folder, version)
+        if more is not None:
+            more(folder)
+        _write(package, tensors, folder, version, mode)
         folder.chmod(0o755)
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -53,7 +65,7 @@ def save(package: Package, tensors: Mapping[str, torch.Tensor], path: str | os.P
     return target
 
 
-def _write(package: Package, tensors: Mapping[str, torch.Tensor], folder: Path, version: str) -> None:
+def _write(package: Package, tensors: Mapping[str, torch.Tensor], folder: Path, version: str, mode: str) -> None:
     (folder / PLAN).write_text(json.dumps(package.plan.to_json(), indent=1))
     (folder / PROGRAM).write_text(json.dumps(package.program.to_json(), indent=1))
     for module in package.modules:
@@ -62,6 +74,7 @@ def _write(package: Package, tensors: Mapping[str, torch.Tensor], folder: Path, 
     save_file(storages, folder / WEIGHTS)
     manifest: dict[str, Any] = {
         "format": FORMAT,
+        "mode": mode,
         "pipecompile": version,
         "torch": torch.__version__,
         "model": package.model,

@@ -89,6 +89,26 @@ class StageCost:
         return dict(vars(self))
 
 
+#: What every generated training module defines, word for word; a saved one must not say anything else there.
+HELPERS = '''grad = torch.autograd.grad
+
+
+def edge_of(value):
+    """Where the gradient of a value arrives; None in a forward that records none."""
+    return torch.autograd.graph.get_gradient_edge(value) if torch.is_grad_enabled() else None
+
+
+def filled(gradient, value):
+    """The gradient of a value, zero where nothing depends on it."""
+    return torch.zeros_like(value) if gradient is None else gradient
+
+
+def held(value):
+    """A value to keep when the slot of the message it may lie in is used again."""
+    slot = isinstance(value, torch.Tensor) and not value.untyped_storage().resizable()
+    return value.clone() if slot else value
+'''
+
 #: One tick for each of F, B and W: what the papers on schedules count in.
 UNIT = StageCost(1.0, 1.0, 1.0, 2.0)
 
@@ -126,4 +146,32 @@ def kept_at_once(
     return tuple(peaks)
 
 
-__all__ = ["UNIT", "Gradients", "StageCost", "StepPackage", "StepRequest", "chain_edges", "kept_at_once"]
+def waiting_at_once(program: Program) -> tuple[int, ...]:
+    """Per device the bytes of activations that may lie in its rings and are of no micro-batch it has begun.
+
+    These are slots beyond what :func:`kept_at_once` counts: for messages ahead, and for all that come while a
+    recomputed stage waits for its backward.
+    """
+    found: list[int] = []
+    for device in program.devices:
+        begun, most = dict.fromkeys(device.stages, 0), dict.fromkeys(device.stages, 0)
+        for step in device.warm_up:
+            begun[step.stage] += step.op is Op.FORWARD
+            most[step.stage] = max(most[step.stage], begun[step.stage])
+            begun[step.stage] -= step.op in (Op.BACKWARD_WEIGHT, Op.BACKWARD)
+        into = [edge for edge in program.edges if edge.forward and edge.target in most]
+        found.append(sum(max(edge.slots - most[edge.target], 0) * edge.nbytes for edge in into))
+    return tuple(found)
+
+
+__all__ = [
+    "HELPERS",
+    "UNIT",
+    "Gradients",
+    "StageCost",
+    "StepPackage",
+    "StepRequest",
+    "chain_edges",
+    "kept_at_once",
+    "waiting_at_once",
+]

@@ -81,7 +81,8 @@ def _close(eager: torch.Tensor | None, traced: torch.Tensor | None) -> bool:
         given = traced if eager is None else eager
         return given is None or not bool(given.to_dense().any())
     eager, traced = eager.to_dense(), traced.to_dense()
-    tolerance = _TOLERANCE.get(eager.dtype, 1e-3)
+    rounded = torch.bfloat16 if torch.is_autocast_enabled("cpu") else eager.dtype
+    tolerance = max(_TOLERANCE.get(rounded, 1e-3), _TOLERANCE.get(eager.dtype, 1e-3))
     if not bool(torch.isfinite(eager).all()):
         return bool(torch.equal(torch.isfinite(eager), torch.isfinite(traced)))
     norm = float(eager.double().norm()) if not eager.is_complex() else float(eager.abs().double().norm())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipecompile.errors import PlanError
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
-from pipecompile.ir.training import StageCost, kept_at_once
+from pipecompile.ir.training import StageCost, kept_at_once, waiting_at_once
 from pipecompile.schedules.recompute import recomputed
 from pipecompile.simulate.step import simulate_step
 
@@ -40,9 +40,10 @@ class Candidate:
 
     @property
     def memory(self) -> int:
-        """The most activations in bytes that one device keeps at a time."""
+        """The most activations in bytes that one device keeps at a time, those that wait in its rings included."""
         sizes, stashes = [cost.kept for cost in self.costs], [cost.stash for cost in self.costs]
-        return int(max(kept_at_once(self.program, sizes, stashes), default=0.0))
+        kept = zip(kept_at_once(self.program, sizes, stashes), waiting_at_once(self.program), strict=True)
+        return int(max((own + waiting for own, waiting in kept), default=0.0))
 
 
 @dataclass(frozen=True)

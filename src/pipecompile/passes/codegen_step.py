@@ -16,7 +16,7 @@ from torch import fx
 from pipecompile.ir.graph import ModelGraph
 from pipecompile.ir.package import DeviceModule
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import HOST, DeviceProgram, Edge, Instruction, Op, Program
+from pipecompile.ir.program import COMPUTE, HOST, DeviceProgram, Edge, Instruction, Op, Program
 from pipecompile.ir.training import Gradients
 from pipecompile.passes.codegen import indent, title, tuple_of
 from pipecompile.passes.stage_code import IMPORTS, StageWriter, StepEmitter
@@ -27,10 +27,12 @@ class CodegenStep:
     """Write the device modules of a training step. ``width`` is the line length aimed at.
 
     ``deferred`` updates running statistics of BatchNorms once a step, with those of the whole batch.
+    ``autocast`` is the dtype that stages compute in where torch's autocast allows it, such as ``"bfloat16"``.
     """
 
     width: int = 110
     deferred: bool = False
+    autocast: str | None = None
 
     def apply(
         self, graph: ModelGraph, module: fx.GraphModule, plan: Plan, program: Program, gradients: Gradients
@@ -47,7 +49,7 @@ class CodegenStep:
         gradients: Gradients,
         device: DeviceProgram,
     ) -> DeviceModule:
-        emit = StepEmitter(graph, module, deferred=self.deferred)
+        emit = StepEmitter(graph, module, deferred=self.deferred, autocast=self.autocast)
         writers = [StageWriter(emit, plan, program, gradients, device, s, self.width) for s in device.stages]
         parts = [writer.source() for writer in writers]
         step = _StepWriter(program, device, {w.stage: w for w in writers}).source()
@@ -82,13 +84,15 @@ class _StepWriter:
         lines += [f'{_port(e, receives=True)} = link.receiver("{e.name}")' for e in into]
         lines += [f'{_port(e, receives=False)} = link.sender("{e.name}")' for e in out]
         steps = [step for step in device.warm_up if step.op is Op.STEP]
+        # A norm of all gradients needs all of them: a program with an update before that is for steps without one.
+        last = steps and not any(s.op in COMPUTE for s in device.warm_up[device.warm_up.index(steps[0]) :])
         commits = [f"link.commit({d})" for s in stages if (d := self.writers[s].deferred)]
         if commits:
             commits.insert(0, "# running statistics of the whole batch")
         for step in device.warm_up:
             if steps and step == steps[0]:
                 lines += commits
-                lines += ["# norm of all gradients, where they are clipped", "yield link.norm()"]
+                lines += ["# norm of all gradients, where they are clipped", "yield link.norm()"] if last else []
             lines += self._step(step)
         lines += [] if steps else commits
         return "def step(link, number):\n" + indent(lines)

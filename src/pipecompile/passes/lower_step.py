@@ -28,15 +28,20 @@ class LowerStep:
     done, and the slot is posted again at that moment. A ring has ``ahead`` more slots than there
     are messages at once, so that the next ones arrive while the receiver computes.
 
+    With ``early`` a stage updates right after its last backward, unless gradients of tied weights
+    come from another device; else all stages of a device update at its end, as they must where
+    something depends on all gradients together (their norm).
+
     The model's outputs go to the last stage, which computes the loss; or, with ``to_caller``,
     from where they are made to the caller, who sends their gradients back once all have come.
     """
 
     ahead: int = 1
     to_caller: bool = False
+    early: bool = False
 
     def apply(self, graph: ModelGraph, plan: Plan, program: Program, gradients: Gradients) -> Program:
-        """The program with activations, gradients and tied weights as edges; each device ends in STEPs.
+        """The program with activations, gradients and tied weights as edges, and a STEP for each stage.
 
         Values that have gradients send them back along every edge that carries them. A stage that needs no
         backward has its B and W removed.
@@ -95,6 +100,8 @@ class LowerStep:
     ) -> DeviceProgram:
         if device.body or device.drain or any(step.op not in COMPUTE for step in device.warm_up):
             raise ProgramError(f"device {device.device}: only a closed order of F, B, W and BW can be lowered")
+        waits = {s: {s, *(e.source for e in edges if e.tied and e.target == s)} for s in device.stages if owned.get(s)}
+        done, left = set[int](), [s for s in device.stages if s in waits]
         into = [e for e in edges if e.target in device.stages and e.slots]
         out = [e for e in edges if e.source in device.stages and e.slots]
         count = 1 + max((step.sample for step in device.warm_up), default=-1)
@@ -107,9 +114,14 @@ class LowerStep:
             if step.op in _LAST or step.stage not in learns:
                 again = ((e, step.sample + e.slots) for e in into if e.target == step.stage and not e.tied)
                 steps += [Instruction(Op.RECV, e.target, i, e.name) for e, i in again if i < count]
+            if step.op in _LAST and step.sample == count - 1:
+                done.add(step.stage)
+                ready = [s for s in left if self.early and waits[s] <= done]
+                steps += [Instruction(Op.STEP, s, 0) for s in ready]
+                left = [s for s in left if s not in ready]
         steps += [Instruction(Op.SEND, e.source, 0, e.name) for e in out if e.tied]
         steps += [Instruction(Op.REDUCE, e.target, 0, e.name) for e in into if e.tied]
-        steps += [Instruction(Op.STEP, stage, 0) for stage in device.stages if owned.get(stage)]
+        steps += [Instruction(Op.STEP, stage, 0) for stage in left]
         return DeviceProgram(device.device, device.stages, tuple(steps), ())
 
 
@@ -181,19 +193,24 @@ def _sends(out: Sequence[Edge], step: Instruction) -> list[Edge]:
 
 
 def _tied(weights: Mapping[str, TensorSpec], users: dict[str, list[int]], device_of: dict[int, int]) -> list[Edge]:
-    """One edge from each further device that uses a weight to the stage that owns it."""
+    """One edge from each further device that uses a weight to the stage that owns it; none travels within a device.
+
+    Those within a device say that the update has to wait for these stages too.
+    """
     found: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
     for name, stages in users.items():
-        first: dict[int, int] = {}
-        for stage in stages:
-            first.setdefault(device_of[stage], stage)
-        for device, stage in first.items():
-            if device != device_of[stages[0]]:
+        home, sent = device_of[stages[0]], set[int]()
+        for stage in stages[1:]:
+            if device_of[stage] == home or device_of[stage] not in sent:
                 found[stage, stages[0]].append(name)
+            sent.add(device_of[stage])
     return [
-        Edge(source, target, tuple(names), tuple(gradient_spec(weights[n]) for n in names), 0, 1, "tied")
+        Edge(
+            source, target, tuple(names), tuple(gradient_spec(weights[n]) for n in names), 0,
+            int(device_of[source] != device_of[target]), "tied",
+        )
         for (source, target), names in found.items()
-    ]
+    ]  # fmt: skip
 
 
 def gradient_spec(spec: TensorSpec) -> TensorSpec:

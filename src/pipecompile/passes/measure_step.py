@@ -72,6 +72,7 @@ class MeasureStep:
 
     budget: float = 0.3
     deferred: bool = False
+    autocast: str | None = None
 
     def apply(
         self,
@@ -97,7 +98,7 @@ class MeasureStep:
         for stage in plan.stages:
             s = stage.index
             device = next(d for d in program.devices if s in d.stages)
-            emit = StepEmitter(graph, module, deferred=self.deferred)
+            emit = StepEmitter(graph, module, deferred=self.deferred, autocast=self.autocast)
             writer = StageWriter(emit, plan, program, gradients, device, s, 110)
             text = writer.source()
             source = "\n\n".join([IMPORTS, *emit.functions.values(), text, _PIECES.replace("{s}", str(s))])
@@ -136,13 +137,14 @@ def _cost(times: Mapping[tuple[int, str], float], stage: int, kept: int, stash: 
 def _saved(run: Callable[[], Any], weights: Sequence[torch.Tensor]) -> tuple[Any, int]:
     """What a forward makes, and the bytes autograd keeps for its backward, weights not counted."""
     own = {w.untyped_storage().data_ptr() for w in weights}
-    storages: dict[int, int] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> None:
         # Nothing goes back through this graph; to keep a result of it in it would be a cycle never freed.
+        # The storages are held here instead: one freed meanwhile would lend its address to another.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
+            storages[storage.data_ptr()] = storage
 
     def never(_: None) -> torch.Tensor:
         raise AssertionError("this graph is not gone back through")
@@ -150,7 +152,7 @@ def _saved(run: Callable[[], Any], weights: Sequence[torch.Tensor]) -> tuple[Any
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(note, never):
         made, kept = run()
     del kept
-    return made, sum(storages.values())
+    return made, sum(storage.nbytes() for storage in storages.values())
 
 
 def _spread(loss: Callable[[Sequence[Any]], torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -18,7 +18,7 @@ from torch import fx
 from pipecompile.ir.graph import Layer, ModelGraph
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import HOST, DeviceProgram, Edge, Op, Program
-from pipecompile.ir.training import Gradients
+from pipecompile.ir.training import HELPERS, Gradients
 from pipecompile.passes.codegen import define, indent, stage_state, title, tuple_of
 from pipecompile.passes.emit import HEADER, Emitter, local
 from pipecompile.passes.deferred import deferred_norms
@@ -26,29 +26,17 @@ from pipecompile.passes.layers import free_closure
 from pipecompile.passes.operators import draws, heavy_weights
 
 #: What generated training modules begin with.
-IMPORTS = (
-    HEADER
-    + "grad = torch.autograd.grad\n\n\n"
-    + "def edge_of(value):\n"
-    + '    """Where the gradient of a value arrives; None in a forward that records none."""\n'
-    + "    return torch.autograd.graph.get_gradient_edge(value) if torch.is_grad_enabled() else None\n"
-    + "\n\n"
-    + "def filled(gradient, value):\n"
-    + '    """The gradient of a value, zero where nothing depends on it."""\n'
-    + "    return torch.zeros_like(value) if gradient is None else gradient\n"
-    + "\n\n"
-    + "def held(value):\n"
-    + '    """A value to keep when the slot of the message it may lie in is used again."""\n'
-    + "    slot = isinstance(value, torch.Tensor) and not value.untyped_storage().resizable()\n"
-    + "    return value.clone() if slot else value\n"
-)
+IMPORTS = HEADER + HELPERS
 
 
 class StepEmitter(Emitter):
     """Seeds every random operator, and takes the gradient edge of heavy ones while it is still theirs."""
 
-    def __init__(self, graph: ModelGraph, module: fx.GraphModule, *, deferred: bool = False) -> None:
+    def __init__(
+        self, graph: ModelGraph, module: fx.GraphModule, *, deferred: bool = False, autocast: str | None = None
+    ) -> None:
         super().__init__(graph, module)
+        self.autocast = autocast
         self.norms, self.counters = deferred_norms(graph) if deferred else ({}, {})
         random = [node for node in graph.graph.nodes if node.op == "call_function" and self._draws(node)]
         self.random = {node: i for i, node in enumerate(random)}
@@ -189,6 +177,8 @@ class StageWriter:
         self.emit.taps = {node: [] for node in self.late}
         lines = self.emit.body(self._layers, self.makes)
         self.emit.taps = {}
+        if self.emit.autocast:
+            lines = [f'with torch.autocast("cpu", dtype=torch.{self.emit.autocast}):', *(f"    {line}" for line in lines)]
         edges = tuple_of("", [edge_name(node) for node in self.late])
         lines.append(f"return {tuple_of('', [self.name(v) for v in self.makes])}, {edges}")
         parameters = ["draw", *(self.name(n) for n in (*self.state, *self.reads))]

@@ -126,7 +126,7 @@ class _Machine:
             for device in self.program.devices:
                 while at[device.device] < len(device.warm_up):
                     step = device.warm_up[at[device.device]]
-                    waits = self._carry_out(step, f"device {device.device}: {step}", device)
+                    waits = self._carry_out(step, f"device {device.device}: {step}")
                     blocked.pop(device.device, None)
                     if waits:
                         blocked[device.device] = waits
@@ -151,7 +151,7 @@ class _Machine:
                 moved = True
         return moved
 
-    def _carry_out(self, step: Instruction, where: str, device: DeviceProgram) -> str:
+    def _carry_out(self, step: Instruction, where: str) -> str:
         """Do one instruction, or say what it waits for."""
         if self.stages[step.stage].stepped and step.op not in (Op.STEP, Op.REDUCE, Op.SEND):
             raise ProgramError(f"{where} comes after the weights of stage {step.stage} were updated")
@@ -163,7 +163,7 @@ class _Machine:
             case Op.REDUCE:
                 return self._reduce(step, where)
             case Op.STEP:
-                return self._update(step, where, device)
+                return self._update(step, where)
             case _:
                 return self._compute(step, where)
 
@@ -256,17 +256,17 @@ class _Machine:
         ring.released = 1
         return ""
 
-    def _update(self, step: Instruction, where: str, device: DeviceProgram) -> str:
+    def _update(self, step: Instruction, where: str) -> str:
         stage = self.stages[step.stage]
         if stage.stepped:
             raise ProgramError(f"{where} updates the weights twice")
-        for other in device.stages:  # a weight may be tied between stages of one device
+        tied = [ring.edge for ring in self.rings.values() if ring.edge.tied and ring.edge.target == step.stage]
+        for other in (step.stage, *(edge.source for edge in tied if not edge.slots)):
             if self.stages[other].trains and self.stages[other].weight < self.count:
                 raise ProgramError(f"{where} comes before the weight gradients of stage {other} are complete")
-        for ring in self.rings.values():
-            name = ring.edge.name
-            if ring.edge.tied and ring.edge.target == step.stage and name not in stage.reduced:
-                raise ProgramError(f"{where} comes before the gradients on edge {name} are added")
+        for edge in tied:
+            if edge.slots and edge.name not in stage.reduced:
+                raise ProgramError(f"{where} comes before the gradients on edge {edge.name} are added")
         stage.stepped = True
         return ""
 

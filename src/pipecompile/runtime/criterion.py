@@ -16,11 +16,13 @@ class Criterion:
     """Calls ``loss_fn(result, target)`` with the model's own result and the target of a micro-batch.
 
     ``targets`` and ``weights`` are those of the step under way, per micro-batch. With ``finite`` a
-    loss that is NaN or infinite is refused.
+    loss that is NaN or infinite is refused; with ``full`` results of half the precision are made float32.
     """
 
-    def __init__(self, loss_fn: Callable[[Any, Any], Any], out_tree: Tree, *, finite: bool = False) -> None:
-        self._loss_fn, self._tree, self._finite = loss_fn, out_tree, finite
+    def __init__(
+        self, loss_fn: Callable[[Any, Any], Any], out_tree: Tree, *, finite: bool = False, full: bool = False
+    ) -> None:
+        self._loss_fn, self._tree, self._finite, self._full = loss_fn, out_tree, finite, full
         self.targets: Sequence[Any] = ()
         self.weights: Sequence[float] = ()
 
@@ -32,6 +34,8 @@ class Criterion:
             NotFinite: if it is NaN or infinite, and that is to be refused.
         """
         weight = self.weights[micro_batch]
+        if self._full:
+            outputs = [full_precision(value) for value in outputs]
         if weight == 0.0:
             # A mean over nothing (every target ignored) is NaN, and so would be its gradients.
             return sum((o * 0.0).sum() for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad)  # type: ignore[return-value]
@@ -46,4 +50,10 @@ class Criterion:
         return loss if weight == 1.0 else loss * weight
 
 
-__all__ = ["Criterion"]
+def full_precision(value: Any) -> Any:
+    """A tensor of bfloat16 or float16 as float32; anything else as it is."""
+    half = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if half else value
+
+
+__all__ = ["Criterion", "full_precision"]

@@ -105,7 +105,7 @@ class InlineLearner:
         """See ``Learner``."""
         for device in self._devices:
             if state:
-                device.updates.load(state, {})
+                device.updates.load(state)
             device.updates.set(settings)
             if version is not None:
                 device.link.version = version

@@ -63,12 +63,12 @@ class Trainer(Protocol):
         """State and group settings of the optimizers by placeholder name."""
         ...
 
-    def load_optimizer_state(self, state: Mapping[str, dict[str, Any]], settings: Mapping[str, Any]) -> None:
-        """Put back what :meth:`optimizer_state` gave, with settings for all groups."""
+    def load_optimizer_state(self, state: Mapping[str, dict[str, Any]], settings: Sequence[Mapping[str, Any]]) -> None:
+        """Put back what :meth:`optimizer_state` gave, with settings for each group."""
         ...
 
-    def set(self, settings: Mapping[str, Any]) -> None:
-        """Change settings of all parameter groups."""
+    def set(self, settings: Mapping[str, Any], group: int | None = None) -> None:
+        """Change settings of all parameter groups, or of one."""
         ...
 
     def close(self) -> None:
@@ -202,15 +202,15 @@ class InlineTrainer:
             groups.update(updates.groups())
         return state, groups
 
-    def load_optimizer_state(self, state: Mapping[str, dict[str, Any]], settings: Mapping[str, Any]) -> None:
+    def load_optimizer_state(self, state: Mapping[str, dict[str, Any]], settings: Sequence[Mapping[str, Any]]) -> None:
         """See :class:`Trainer`."""
         for updates in self._optimizers:
             updates.load(state, settings)
 
-    def set(self, settings: Mapping[str, Any]) -> None:
+    def set(self, settings: Mapping[str, Any], group: int | None = None) -> None:
         """See :class:`Trainer`."""
         for updates in self._optimizers:
-            updates.set(settings)
+            updates.set(settings, group)
 
     def close(self) -> None:
         """See :class:`Trainer`."""

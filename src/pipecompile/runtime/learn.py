@@ -61,13 +61,13 @@ class LearnUpdates(DeviceUpdates):
                 found[name] = {**found[name], "lr": found[name]["lr"] * self._late[stage]}
         return found
 
-    def set(self, settings: Mapping[str, Any]) -> None:
+    def set(self, settings: Mapping[str, Any], group: int | None = None) -> None:
         """Change settings of all groups, the learning rate by stage."""
-        super().set(settings)
+        super().set(settings, group)
         if "lr" in settings:
             for stage, optimizer in self.optimizers.items():
-                for group in optimizer.param_groups:
-                    group["lr"] = settings["lr"] / self._late[stage]
+                for own in optimizer.param_groups:
+                    own["lr"] = settings["lr"] / self._late[stage]
 
 
 class LearnLink:

@@ -134,7 +134,7 @@ class LearnDevice:
     def _do_load(self, state: Any, settings: dict[str, Any], version: int | None) -> None:
         loaded = pickled.unpacked(state)
         if loaded:
-            self._updates.load(loaded, {})
+            self._updates.load(loaded)
         self._updates.set(settings)
         if version is not None:
             self._link.version = version

@@ -291,13 +291,13 @@ class ProcessTrainer:
             groups.update(own)
         return state, groups
 
-    def load_optimizer_state(self, state: Mapping[str, dict[str, Any]], settings: Mapping[str, Any]) -> None:
+    def load_optimizer_state(self, state: Mapping[str, dict[str, Any]], settings: Sequence[Mapping[str, Any]]) -> None:
         """See ``Trainer``."""
-        self._ask("load", pickled.packed(dict(state)), dict(settings))
+        self._ask("load", pickled.packed(dict(state)), [dict(group) for group in settings])
 
-    def set(self, settings: Mapping[str, Any]) -> None:
+    def set(self, settings: Mapping[str, Any], group: int | None = None) -> None:
         """See ``Trainer``."""
-        self._ask("set", dict(settings))
+        self._ask("set", dict(settings), group)
 
     def close(self) -> None:
         """See ``Trainer``. Between steps nothing is under way, so workers simply end."""

@@ -151,11 +151,11 @@ class StepDevice:
     def _do_state(self) -> Any:
         return pickled.packed(self._optimizers.state()), self._optimizers.groups()
 
-    def _do_load(self, state: Any, settings: dict[str, Any]) -> None:
+    def _do_load(self, state: Any, settings: list[dict[str, Any]]) -> None:
         self._optimizers.load(pickled.unpacked(state), settings)
 
-    def _do_set(self, settings: dict[str, Any]) -> None:
-        self._optimizers.set(settings)
+    def _do_set(self, settings: dict[str, Any], group: int | None) -> None:
+        self._optimizers.set(settings, group)
 
 
 class _SocketBoard:

@@ -11,9 +11,11 @@ import torch
 
 from pipecompile.ir.link import Port
 from pipecompile.runtime.channels.ring import SampleFailed
+from pipecompile.runtime.groups import ParameterGroups
 from pipecompile.runtime.step import NotFinite, Sums
 
-#: What a user gives: ``functools.partial(torch.optim.SGD, lr=0.1)``, called with a list of parameters.
+#: What a user gives: ``functools.partial(torch.optim.SGD, lr=0.1)``, called with a list of parameters, or of
+#: parameter groups where there are such.
 OptimizerFactory = Callable[[list[Any]], torch.optim.Optimizer]
 
 
@@ -107,11 +109,13 @@ class DeviceUpdates:
         *,
         finite: bool = False,
         keep: bool = False,
+        groups: ParameterGroups = ParameterGroups(),  # noqa: B008 - frozen
     ) -> None:
         self._device, self._tensors, self._board, self._finite = device, tensors, board, finite
         self.updated = False
         self.owned = {stage: tuple(names) for stage, names in owned.items() if names}
-        self.optimizers = {stage: factory([tensors[name] for name in names]) for stage, names in self.owned.items()}
+        self._groups = {stage: groups.of(names) for stage, names in self.owned.items()}
+        self.optimizers = {stage: factory(groups.given(parts, tensors)) for stage, parts in self._groups.items()}
         self.apply, self.clip, self.scale = True, None, 1.0
         self._keep, self.latest = keep, dict[str, torch.Tensor]()
 
@@ -156,34 +160,40 @@ class DeviceUpdates:
     def state(self) -> dict[str, dict[str, Any]]:
         """Placeholder name -> the optimizer's state of that weight."""
         found: dict[str, dict[str, Any]] = {}
-        for stage, names in self.owned.items():
+        for stage in self.owned:
             packed = self.optimizers[stage].state_dict()["state"]
-            found.update({name: packed[i] for i, name in enumerate(names) if i in packed})
+            found.update({name: packed[i] for i, name in enumerate(self._order(stage)) if i in packed})
         return found
+
+    def _order(self, stage: int) -> list[str]:
+        """The weights of a stage as its optimizer counts them: group by group."""
+        return [name for _, names in self._groups[stage] for name in names]
 
     def groups(self) -> dict[str, dict[str, Any]]:
         """Placeholder name -> the settings of its parameter group (learning rate and so on)."""
         found: dict[str, dict[str, Any]] = {}
-        for stage, names in self.owned.items():
+        for stage in self.owned:
+            names = self._order(stage)
             for group in self.optimizers[stage].state_dict()["param_groups"]:
                 settings = {key: value for key, value in group.items() if key != "params"}
                 found.update({names[i]: settings for i in group["params"]})
         return found
 
-    def load(self, state: Mapping[str, dict[str, Any]], settings: Mapping[str, Any]) -> None:
-        """Put back what :meth:`state` gave, and the settings of all groups."""
-        for stage, names in self.owned.items():
+    def load(self, state: Mapping[str, dict[str, Any]], settings: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Put back what :meth:`state` gave, and settings, one mapping a group; none leaves them as they are."""
+        for stage in self.owned:
             packed = self.optimizers[stage].state_dict()
-            packed["state"] = {i: state[name] for i, name in enumerate(names) if name in state}
-            for group in packed["param_groups"]:
-                group.update(settings)
+            packed["state"] = {i: state[name] for i, name in enumerate(self._order(stage)) if name in state}
+            for (index, _), group in zip(self._groups[stage], packed["param_groups"], strict=True):
+                group.update(settings[index] if settings else {})
             self.optimizers[stage].load_state_dict(packed)
 
-    def set(self, settings: Mapping[str, Any]) -> None:
-        """Change settings of all groups, such as the learning rate."""
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group.update(settings)
+    def set(self, settings: Mapping[str, Any], group: int | None = None) -> None:
+        """Change settings such as the learning rate, of all groups or of one."""
+        for stage, optimizer in self.optimizers.items():
+            for (index, _), own in zip(self._groups[stage], optimizer.param_groups, strict=True):
+                if group in (None, index):
+                    own.update(settings)
 
 
 class Handover:
