@@ -7,10 +7,10 @@ model, each training on the whole batch, against one: what this machine's two co
 that minute. The limit of a schedule is control x balance x (1 - bubble); reported is the ratio of
 a pipeline's speed-up to it, with a bootstrap interval, and the simulated against the measured time
 of a step. Small micro-batches cost more a sample than the whole batch, in any schedule: what they
-cost one thread that accumulates their gradients is a candidate too, and the last column takes it
-as the yardstick in place of the whole batch. Below each table stands what a zero-bubble schedule
-gains over 1F1B, round by round, beside what the simulation expects. torch.distributed.pipelining (gloo) runs on the same two stages; DistributedDataParallel
-on two halves of the batch.
+cost one thread that accumulates their gradients is a candidate too, and the last column takes it as
+the yardstick in place of the whole batch. Below each table stands what a zero-bubble schedule gains
+over 1F1B, round by round, beside what the simulation expects. torch.distributed.pipelining (gloo)
+runs on the same two stages; DistributedDataParallel on two halves of the batch.
 """
 
 from __future__ import annotations
@@ -199,7 +199,8 @@ def main() -> None:
         one = np.array(rates["eager, 1 thread"])
         control = np.array(rates["two replicas"]) / one
         table = Table(
-            "candidate", "x eager 1t [95%]", "balance", "bubble", "r/(control x balance x (1-bubble))", "same, of parts", "sim/measured",
+            "candidate", "x eager 1t [95%]", "balance", "bubble",
+            "r/(control x balance x (1-bubble))", "same, of parts", "sim/measured",
             title=f"{name}: eager 1 thread {1e3 / np.median(one):.1f} ms a step, control {np.median(control):.2f}x",
         )  # fmt: skip
         for candidate, values in rates.items():
