@@ -7,7 +7,7 @@ model, each training on the whole batch, against one: what this machine's two co
 that minute. The limit of a schedule is control x balance x (1 - bubble); reported is the ratio of
 a pipeline's speed-up to it, with a bootstrap interval, and the simulated against the measured time
 of a step. Small micro-batches cost more a sample than the whole batch, in any schedule: what they
-cost one thread that accumulates their gradients is a candidate too, and the last column takes it as
+cost one thread that accumulates their gradients is a candidate too, and one column takes it as
 the yardstick in place of the whole batch. Below each table stands what a zero-bubble schedule gains
 over 1F1B, round by round, beside what the simulation expects. torch.distributed.pipelining (gloo)
 runs on the same two stages; DistributedDataParallel on two halves of the batch.
@@ -43,6 +43,7 @@ from pipecompile.simulate.step import bubble
 
 SGD = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
 PARTS = 4
+_FREE = "auto, parts too"
 _SMALL = f"eager, 1 thread, {PARTS} parts"
 Batch = tuple[nn.Module, torch.Tensor, torch.Tensor]
 
@@ -141,8 +142,8 @@ def measure(
                     mode="train",
                     loss_fn=nn.CrossEntropyLoss(),
                     optimizer=SGD,
-                    schedule=schedule,
-                    micro_batches=PARTS,
+                    schedule="auto" if schedule == _FREE else schedule,
+                    micro_batches="auto" if schedule == _FREE else PARTS,
                     example_targets=y,
                     profile_seconds=1.0,
                 )
@@ -187,7 +188,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--models", nargs="*", default=list(MODELS))
-    parser.add_argument("--schedules", nargs="*", default=["1f1b", "zb_h1", "auto"])
+    parser.add_argument("--schedules", nargs="*", default=["1f1b", "zb_h1", "auto", _FREE])
     options = parser.parse_args()
     console = Console(width=150)
     console.print(
@@ -221,7 +222,7 @@ def main() -> None:
                 score = [f"{b:.3f}" for b in bootstrap(speed / limit)]
                 parts = [f"{b:.3f}" for b in bootstrap(np.array(values) / np.array(rates[_SMALL]) / limit)]
                 ratio = simulated.finishes[0] * float(np.median(values))
-                row[0] += f" ({pipe.program.schedule})" if candidate == "auto" else ""
+                row[0] += f" ({pipe.program.schedule}, {pipe.micro_batches})" if candidate.startswith("auto") else ""
                 row += [f"{balance:.3f}", f"{own:.3f}", f"{score[0]} [{score[1]}, {score[2]}]"]
                 row += [f"{parts[0]} [{parts[1]}, {parts[2]}]", f"{ratio:.2f}"]
             table.add_row(*row)
