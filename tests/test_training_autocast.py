@@ -47,7 +47,7 @@ def twin(name: str) -> Job:
         for i, name in enumerate(NAMES)
         for schedule, stages, executor, quick in (
             ("zb_h1", 2, "inline", i % 4 == 0),
-            ("1f1b", 3, "inline", i % 4 == 1 and i > 1),
+            ("1f1b", 3, "inline", name in ("two_heads", "attention")),
             ("zb_v" if i % 2 else "gpipe", 2, "process", name == "gpt2"),
         )
     ],
