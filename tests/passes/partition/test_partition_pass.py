@@ -208,6 +208,10 @@ def test_training_adds_the_backward_pass() -> None:
         ({"pin": {"encoder": "cpu:0", "encoder.1*": "cpu:1"}}, "contradictory pins: layer 'encoder.1:linear'"),
         ({"pin": {"encoder.0:linear": "cpu:0", "encoder.0:add": "cpu:1"}}, "must share a stage"),
         ({"pin": {"embed": "cpu:0", "encoder.0*": "cpu:1", "head": "cpu:0"}}, "the pins contradict each other"),
+        ({"pin": {"embed": "cpu:0", "head": "cpu:1"}, "colocate": [["embed", "head"]]}, "must share a stage"),
+        ({"pin": {"*": "cpu:0"}}, "every layer is pinned to other devices than cpu:1, which would be left without"),
+        ({"pin": {"head": []}}, r"pin 'head': a device's name or several are needed, not \[\]"),
+        ({"pin": {"head": 3}}, "pin 'head': a device's name or several are needed, not 3"),
         ({"colocate": ["heads"]}, "no layer matches 'heads'; the nearest is 'head'"),
         ({"objective": "speed"}, "objective 'speed'"),
         ({"objective": ("throughput", 0.0)}, "objective"),
@@ -227,7 +231,7 @@ def test_pins_and_colocation_by_pattern() -> None:
     assert any({1, 2, 3} <= set(stage.layers) for stage in plan.stages)
     plan = plan_of(graph, cluster_of(2), colocate=["*"])
     assert len(plan.stages) == 1
-    assert any("1 parts" in note for note in plan.notes)
+    assert any("1 part that" in note for note in plan.notes)
 
 
 def test_the_exact_name_of_a_layer_means_no_layer_below_it() -> None:

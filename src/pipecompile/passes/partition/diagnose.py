@@ -15,7 +15,7 @@ def explain(problem: Problem, short: float, proved: bool) -> str:
     ``short`` is the least excess of memory in bytes of any pipeline looked at (infinite if none);
     ``proved``: those were all.
     """
-    return _pins(problem) or _memory(problem, short, proved) or _limit(problem) or (
+    return _pins(problem) or _unused(problem) or _memory(problem, short, proved) or _limit(problem) or (
         "no plan meets all constraints at once (pins, memory, devices)" if proved else
         "no plan was found within the time limit: allow more time, or loosen pins, memory or the number of devices"
     )  # fmt: skip
@@ -43,6 +43,19 @@ def _pins(problem: Problem) -> str:
         for a, b in cycle
     ]
     return f"the pins contradict each other: {', and '.join(parts)}; a device has one stage, so it cannot come twice"
+
+
+def _unused(problem: Problem) -> str:
+    """A device that must be used and that no layer may run on."""
+    if problem.idle or len(problem.allowed) < problem.layers:
+        return ""
+    for device in range(len(problem.places)):
+        if not any(device in wanted for wanted in problem.allowed.values()):
+            return (
+                f"every layer is pinned to other devices than {_device(problem, device)}, which would be left "
+                "without one: pin fewer layers, or plan for fewer devices"
+            )
+    return ""
 
 
 def _memory(problem: Problem, short: float, proved: bool) -> str:

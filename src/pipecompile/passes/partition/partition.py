@@ -108,12 +108,14 @@ class Partition:
         )
         loose = problem_of(graph, profile, cluster, self.stages, self.training, self.slots)
         loose = replace(loose, together=(*loose.together, *together), idle=True)
-        groups = len(forced(loose).groups)
+        # With the pins to all devices, so that pins which keep layers apart that must not be are told as such.
+        wanted = pins(graph, cluster, self.pin, self.stages)
+        groups = len(forced(replace(loose, allowed=wanted)).groups)
         used = max(1, min(self.stages, groups // self.chunks))
         notes: list[str] = []
         if used < self.stages:
             count = len(graph.layers) if groups == len(graph.layers) else groups
-            what = f"{count} layer{'s' * (count != 1)}" if groups == len(graph.layers) else f"{count} parts that can be parted"
+            what = f"{count} layer{'s' * (count != 1)}" if groups == len(graph.layers) else f"{count} part{'s' * (count != 1)} that can be parted"
             notes.append(f"{self.stages} devices asked for, but the model has {what}: {used} used")
         kind, limit = self.objective if isinstance(self.objective, tuple) else (self.objective, inf)
         if kind not in ("throughput", "latency") or not limit > 0:

@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from pipecompile.errors import PlanError
 from pipecompile.ir.cluster import Cluster
@@ -71,7 +72,9 @@ def pins(
     allowed: dict[int, frozenset[int]] = {}
     said: dict[int, str] = {}
     for pattern, wanted in pin.items():
-        names = [wanted] if isinstance(wanted, str) else list(wanted)
+        names: Any = [wanted] if isinstance(wanted, str) else wanted
+        if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+            raise PlanError(f"pin {pattern!r}: a device's name or several are needed, not {wanted!r}")
         devices = frozenset(find_device(cluster, name, used) for name in names)
         for layer in find_layers(graph, pattern):
             both = allowed.get(layer, devices) & devices

@@ -45,7 +45,7 @@ MOST_ARRANGEMENTS = 400
 FIRST_TURN, POLISH = 0.5, 0.5
 
 #: Share of the time for random orders of the layers, and how many in a row may be in vain.
-REORDER, PATIENCE = 0.25, 16
+REORDER, PATIENCE = 0.4, 24
 
 #: Undecided choices above which a program is unlikely to be solved in its first turn: the best plan is
 #: improved before it, which narrows the windows.
