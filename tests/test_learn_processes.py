@@ -258,7 +258,7 @@ def test_five_deaths_lose_no_sample_and_shift_no_target(updates: Any, policy: An
         assert (counts.submitted, counts.delivered, counts.in_flight) == (total, len(seen), 0)
         assert counts.dropped == total - len(seen)
         assert policy != "block" or seen == list(range(total))
-        assert pipe.restarts == len(said) == len(struck) >= 4
+        assert pipe.restarts == len(said) == len(struck) >= (4 if policy == "block" else 1)
         assert 0 < pipe.relearned < 5 * 40
         learned = sum(seq % 7 != 3 for seq in seen)
         assert policy != "block" or updates == "2bw" or pipe.snapshot()["updates"] == learned
