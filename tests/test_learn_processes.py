@@ -225,13 +225,13 @@ class Numbered(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["block", "drop_oldest"])
 @pytest.mark.parametrize("updates", ["sync", "weight_stashing", "2bw", "stale", "sideways"])
-def test_five_deaths_lose_no_sample_and_shift_no_target(updates: Any, policy: Any) -> None:
-    total, deaths = 600, {40: 0, 41: 1, 150: 1, 300: 0, 420: 1}  # after how many results which worker is killed
+def test_deaths_lose_no_sample_and_shift_no_target(updates: Any, policy: Any) -> None:
+    total, deaths = 600, {5: 1, 40: 0, 41: 1, 150: 1, 300: 0, 420: 1}  # after how many results which worker is killed
 
     def source() -> Any:
         for k, (x, y) in enumerate(stream(total)):
             if policy != "block":
-                time.sleep(0.004)
+                time.sleep(0.01)
             yield (x, torch.tensor(k)), None if k % 7 == 3 else (y, torch.tensor(k))
 
     (x, number), target = next(source())
@@ -243,7 +243,7 @@ def test_five_deaths_lose_no_sample_and_shift_no_target(updates: Any, policy: An
             snapshot_every=16, profile_seconds=0.02,
         )  # fmt: skip
     seen: list[int] = []
-    killed = 0
+    struck = set[tuple[int, ...]]()  # two deaths at once are one restart
     with pipe, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", PipecompileWarning)
         for result in pipe.learn(source(), on_overload=policy):
@@ -251,17 +251,15 @@ def test_five_deaths_lose_no_sample_and_shift_no_target(updates: Any, policy: An
             assert (result.loss is None) == (result.seq % 7 == 3)
             seen.append(result.seq)
             if len(seen) in deaths and pipe._learner is not None:
+                struck.add(pids(pipe))
                 os.kill(pids(pipe)[deaths[len(seen)]], signal.SIGKILL)
-                killed += 1
         counts = pipe.counts
         assert seen == sorted(set(seen))
         assert (counts.submitted, counts.delivered, counts.in_flight) == (total, len(seen), 0)
         assert counts.dropped == total - len(seen)
         assert policy != "block" or seen == list(range(total))
-        assert killed == 5
-        assert pipe.restarts == 5
-        assert len(said) == 5
-        assert 0 < pipe.relearned < 5 * 40
+        assert pipe.restarts == len(said) == len(struck) >= (4 if policy == "block" else 1)
+        assert 0 < pipe.relearned < 6 * 40
         learned = sum(seq % 7 != 3 for seq in seen)
         assert policy != "block" or updates == "2bw" or pipe.snapshot()["updates"] == learned
         state = dict(pipe.state_dict())
