@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipecompile.errors import PipelineClosed, PipelineError, StepError, WorkerHung
+from pipecompile.errors import PipelineClosed, PipelineError, StepError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.learning import LearnPackage, Outcome
 from pipecompile.ir.package import DeviceModule
@@ -26,7 +26,8 @@ from pipecompile.runtime.learn import LearnOptions
 from pipecompile.runtime.learn_device import LearnBoot, unpacked_parts
 from pipecompile.runtime.learn_host import LearnHost
 from pipecompile.runtime.learn_sets import SharedSets, Tensors, fetch
-from pipecompile.runtime.step_crew import Crew, Worker
+from pipecompile.runtime.second_look import SecondLook
+from pipecompile.runtime.step_crew import Crew, Deadlock, Worker, standstill
 
 _START_SECONDS = 60.0
 _HANG_SECONDS, _HANG_FACTOR = 5.0, 10.0
@@ -61,7 +62,7 @@ class ProcessLearner:
         self._limit = max(_HANG_SECONDS, _HANG_FACTOR * planned) if hang_seconds is None else hang_seconds
         self.snapshots: list[dict[str, Any]] = []
         self._sets: list[tuple[Any, list[Tensors], Tensors]] = []
-        self._busy: set[int] = set()
+        self._alarm, self._busy = SecondLook(), set[int]()
         self._channels: dict[int, Worker] = {}
         try:
             self._open(options, dict(throttle or {}))
@@ -192,19 +193,12 @@ class ProcessLearner:
         return answer[0], answer[1]
 
     def _watch(self, begun: float) -> None:
-        now = clock()
-        waiting: list[float] = []
         workers = [self._channels[fd] for fd in self._busy]
-        for worker in workers:
-            last = worker.records.last()
-            computing = last is None or last.end > 0
-            since = now - max(begun, 0.0 if last is None else last.end or last.begin)
-            if computing and since > self._limit:
-                raise WorkerHung(f"{worker} made no progress for {since:.1f} s {worker.progress()}")
-            waiting.append(0.0 if computing else since)
-        if waiting and min(waiting) > self._limit and not self._host.room():
-            where = "; ".join(f"{worker} {worker.progress()}" for worker in workers)
-            raise PipelineError(f"deadlock, every device waits: {where}")
+        alarm = standstill(workers, begun, self._limit, lambda last: not last.end)
+        if isinstance(alarm, Deadlock) and self._host.room():
+            return  # they wait for samples
+        if alarm is not None and self._alarm.confirms(worker.records for worker in workers):
+            raise alarm
 
     def result(self) -> Outcome | None:
         """See ``Learner``."""

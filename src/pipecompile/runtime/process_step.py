@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipecompile.errors import PipelineClosed, PipelineError, StepError, WorkerHung
+from pipecompile.errors import PipelineClosed, PipelineError, StepError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.package import DeviceModule
 from pipecompile.ir.program import HOST
@@ -24,7 +24,8 @@ from pipecompile.runtime.channels.ring import clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge
 from pipecompile.runtime.executor import bounds
 from pipecompile.runtime.host_step import HostPorts
-from pipecompile.runtime.step_crew import Crew, Worker
+from pipecompile.runtime.second_look import SecondLook
+from pipecompile.runtime.step_crew import Crew, Worker, standstill
 from pipecompile.runtime.step_device import Boot
 from pipecompile.runtime.step_run import Outcome, failure, written_by
 from pipecompile.runtime.training import Training
@@ -59,7 +60,7 @@ class ProcessTrainer:
             self._places = {name: torch.zeros_like(weights[name]).detach() for name in owned}
         self._gradients = adopt(self._places)
         self._answers: dict[int, Outcome] = {}
-        self._pending = False
+        self._pending, self._alarm = False, SecondLook()
         self._crew = crew = Crew()
         self._updating: list[Worker] = []
         self._finalizer = weakref.finalize(self, crew.stop)
@@ -254,18 +255,9 @@ class ProcessTrainer:
         return answer[0], answer[1]
 
     def _watch(self, workers: Sequence[Worker], begun: float) -> None:
-        now = clock()
-        waiting: list[float] = []
-        for worker in workers:
-            last = worker.records.last()
-            computing = last is None or last.end > 0 or last.begin < begun
-            since = now - max(begun, 0.0 if last is None else last.end or last.begin)
-            if computing and since > self._limit:
-                raise WorkerHung(f"{worker} made no progress for {since:.1f} s {worker.progress()}")
-            waiting.append(0.0 if computing else since)
-        if waiting and min(waiting) > self._limit:
-            where = "; ".join(f"{worker} {worker.progress()}" for worker in workers)
-            raise PipelineError(f"deadlock, every device waits: {where}")
+        alarm = standstill(workers, begun, self._limit, lambda last: not last.end and last.begin >= begun)
+        if alarm is not None and self._alarm.confirms(worker.records for worker in workers):
+            raise alarm
 
     def _ask(self, *message: Any) -> list[Any]:
         """One command to all workers; their answers in the order of devices."""

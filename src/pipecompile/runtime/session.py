@@ -27,6 +27,7 @@ from pipecompile.runtime.executor import ResultTimeout, bounds, check_package, o
 from pipecompile.runtime.host import Host
 from pipecompile.runtime.news import News
 from pipecompile.runtime.records import DeviceRecord, timeline
+from pipecompile.runtime.second_look import SecondLook
 
 #: How long ``close`` lets samples in flight be computed before it kills.
 _GRACE_SECONDS = 5.0
@@ -81,7 +82,7 @@ class Session:
             crew.stop()
             raise
         self._interval = min([worker.limit for worker in crew.workers], default=1.0) / 4
-        self._checked = clock()
+        self._checked, self._alarm = clock(), SecondLook()
         self._closed = False
 
     def _open(self, package: Package, sizes: Mapping[str, int], throttle: Mapping[str, Link]) -> None:
@@ -346,7 +347,7 @@ class Session:
         if now - self._checked > self._interval:
             self._checked = now
             stuck = self._crew.stuck(self._host.started[-1], self._slack)
-            if stuck is not None:
+            if stuck is not None and self._alarm.confirms(worker.records for worker in self._crew.workers):
                 raise self._fail(stuck)
 
     def _fail(self, error: PipelineError) -> PipelineError:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipecompile.errors import PipelineError, WorkerDied, WorkerHung
 from pipecompile.ir.package import DeviceModule
 from pipecompile.runtime import nursery, pickled
 from pipecompile.runtime.channels.link import PortInfo
+from pipecompile.runtime.channels.ring import clock
 from pipecompile.runtime.channels.shared_memory import allocate, attach
 from pipecompile.runtime.process import Process, ending
-from pipecompile.runtime.records import Records
+from pipecompile.runtime.records import Records, Wait
 
 
 class Worker:
@@ -88,6 +89,31 @@ class Worker:
         return f"device {self.module.device} (stages {', '.join(map(str, self.module.stages))})"
 
 
+class Deadlock(PipelineError):
+    """Every device waits for another."""
+
+
+def standstill(
+    workers: Sequence[Worker], begun: float, limit: float, waits: Callable[[Wait], bool]
+) -> PipelineError | None:
+    """The error if a device has computed for over ``limit`` seconds, or all have waited as long (from ``begun`` on).
+
+    ``waits`` says of a device's last record whether it still does.
+    """
+    now, waiting = clock(), list[float]()
+    for worker in workers:
+        last = worker.records.last()
+        computing = last is None or not waits(last)
+        since = now - max(begun, 0.0 if last is None else last.end or last.begin)
+        if computing and since > limit:
+            return WorkerHung(f"{worker} made no progress for {since:.1f} s {worker.progress()}")
+        waiting.append(0.0 if computing else since)
+    if waiting and min(waiting) > limit:
+        where = "; ".join(f"{worker} {worker.progress()}" for worker in workers)
+        return Deadlock(f"deadlock, every device waits: {where}")
+    return None
+
+
 class Crew:
     """What has to be gone afterwards. Knows nothing of who commands the workers."""
 
@@ -107,4 +133,4 @@ class Crew:
         self.workers, self.fds = [], []
 
 
-__all__ = ["Crew", "Worker"]
+__all__ = ["Crew", "Deadlock", "Worker", "standstill"]
