@@ -188,3 +188,17 @@ def test_what_cannot_be_saved_or_loaded_is_named(tmp_path: Path) -> None:
     other = TRAINING["lstm"].make()
     with compiled(other, 2, "1f1b", SGD) as pipe, pytest.raises(InputError, match="is of another model: it lacks"):
         pipe.load_checkpoint(path)
+
+
+def test_the_state_of_another_optimizer_changes_nothing(tmp_path: Path) -> None:
+    job, path = TRAINING["mlp"].make(), tmp_path / "sgd.safetensors"
+    with compiled(job, 2, "gpipe", SGD) as pipe:
+        pipe.train_step(job.inputs, job.targets)
+        pipe.save_checkpoint(path)
+    other = TRAINING["mlp"].make()
+    with compiled(other, 2, "gpipe", ADAMW) as pipe:
+        pipe.train_step(other.inputs, other.targets)
+        before = {name: value.clone() for name, value in pipe.state_dict().items()}
+        with pytest.raises(InputError, match=r"another kind of optimizer: it has dampening, .* and no amsgrad, betas"):
+            pipe.load_checkpoint(path)
+        assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())

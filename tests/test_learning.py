@@ -340,6 +340,9 @@ def test_an_iteration_that_is_left_early_loses_nothing() -> None:
         stream = pipe.learn(source())
         for _ in range(7):
             next(stream)
+        for use in (lambda: pipe.load_state_dict(model.state_dict()), lambda: pipe(samples[0][0])):
+            with pytest.raises(InputError, match="a stream is under way"):
+                use()
         stream.close()
         stages = as_planned(model, pipe.plan)
         assert 7 <= pipe.samples <= len(taken) < 40

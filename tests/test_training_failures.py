@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+import pipecompile
 from models.training import BATCH, TRAINING, Job
-from pipecompile.errors import InputError, NonFiniteError, PipelineClosed, StepError
+from pipecompile.errors import InputError, NonFiniteError, PipecompileWarning, PipelineClosed, StepError
 from test_training import ADAMW, SCHEDULES, SGD, STEPS, agree, compiled, every_layer_alike, furthest, reference
 
 __all__ = ["every_layer_alike"]  # the fixture, for this file too
@@ -170,3 +172,17 @@ def test_without_the_option_a_step_with_nan_goes_on() -> None:
     job = TRAINING["mlp"].make()
     with compiled(job, 2, "1f1b", SGD) as pipe:
         assert bool(torch.isnan(pipe.train_step(job.inputs[0] * torch.nan, job.targets)))
+
+
+def test_a_loss_that_hides_its_reduction_is_asked_for_it() -> None:
+    job = TRAINING["mlp"].make()
+
+    def hidden(result: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(result, target, reduction="sum")
+
+    hidden_job = replace(job, loss_fn=hidden)
+    with pytest.warns(PipecompileWarning, match="does not say how it is reduced: taken as a mean"):
+        pipecompile.compile(job.model, job.inputs, mode="train", loss_fn=hidden, optimizer=SGD, profile_seconds=0.02)
+    with compiled(hidden_job, 2, "gpipe", SGD, reduction="sum") as pipe:
+        wanted = hidden(job.model(*job.inputs), job.targets)
+        assert pipe.train_step(job.inputs, job.targets).item() == pytest.approx(wanted.item(), rel=1e-12)

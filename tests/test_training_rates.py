@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, StepLR
 
 from models.training import TRAINING, Job
 from oracles.training import pieces_of
+from pipecompile.errors import InputError
 from pipecompile.training import TrainingPipeline
 from test_training import PARTS, SGD, STEPS, compiled, every_layer_alike, furthest
 
@@ -90,3 +91,9 @@ def test_a_scheduler_goes_on_from_a_checkpoint(tmp_path: Any) -> None:
     assert used == rates[10:]
     assert losses == pytest.approx(wanted[10:], rel=1e-10)
     assert furthest(dict(again.model.state_dict()), dict(twin.model.state_dict())) <= 1e-10
+
+
+def test_a_setting_that_no_optimizer_has() -> None:
+    pipe = compiled(TRAINING["mlp"].make(), 2, "gpipe", SGD)
+    with pipe, pytest.raises(InputError, match=r"has no learning_rate; there are .* lr, "):
+        pipe.set_optimizer(learning_rate=3.0)

@@ -271,9 +271,20 @@ def load(
     )
 
 
+class _Skeleton(nn.Module):
+    """Parameters and buffers of a model whose code is not here."""
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Only the model's own class knows."""
+        raise InputError(
+            "a loaded training pipeline has no model to evaluate with, only its stages for training steps: "
+            "model.load_state_dict(pipe.state_dict()) on a model of yours, and call that"
+        )
+
+
 def _skeleton(package: Package, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """A module tree that holds a loaded package's parameters and buffers under their old names; ties stay ties."""
-    root, known = nn.Module(), dict[Any, nn.Parameter]()
+    root, known = _Skeleton(), dict[Any, nn.Parameter]()
     for entry in package.state:
         if entry.kind == "constant":
             continue

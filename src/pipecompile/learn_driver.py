@@ -33,10 +33,10 @@ from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_learn import VerifyLearn
 from pipecompile.runtime.learn import LearnOptions, OnNonfinite
 from pipecompile.runtime.measure import CpuMeasure
-from pipecompile.runtime.update import OptimizerFactory, copies_kept
+from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.schedules.learning import learning
 from pipecompile.streams.engine import OnFailure
-from pipecompile.train_driver import ExampleLoss, StepPlanner, package_of, update_seconds
+from pipecompile.train_driver import ExampleLoss, StepPlanner, package_of, update_seconds, weight_copies
 from pipecompile.training import ExecutorName
 
 
@@ -69,7 +69,7 @@ def compile_learning(
 ) -> LearningPipeline:
     """See :func:`pipecompile.compile`; ``args`` and ``kwargs`` are one sample."""
     _check(updates, clock, accumulate, on_nonfinite, on_failure)
-    copies = _copies(optimizer)
+    copies = weight_copies(optimizer)
     if snapshot_every < 1:
         raise InputError(f"snapshot_every={snapshot_every}: it counts samples, 1 or more")
     tell, ahead = progress or silent, 1 if ahead is None else ahead
@@ -184,21 +184,6 @@ def target_spec(target: Any) -> TargetSpec:
     if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise InputError(f"a target must be a tensor or a nest of tensors, got {type(target).__name__}")
     return TargetSpec(tree, tuple(TensorSpec.of(leaf) for leaf in leaves))
-
-
-def _copies(optimizer: OptimizerFactory) -> float:
-    """See :func:`copies_kept`.
-
-    Raises:
-        InputError: if it makes no optimizer of a list of weights, or one that asks for more than gradients.
-    """
-    hint = "give what makes one for a list of weights, such as functools.partial(torch.optim.SGD, lr=0.1)"
-    if isinstance(optimizer, torch.optim.Optimizer):
-        raise InputError(f"optimizer= is a {type(optimizer).__name__} already; every stage has its own: {hint}")
-    try:
-        return copies_kept(optimizer)
-    except Exception as error:
-        raise InputError(f"optimizer= cannot update a weight ({type(error).__name__}: {error}): {hint}") from error
 
 
 def _check(updates: str, clock: str, accumulate: int | None, on_nonfinite: str, on_failure: str) -> None:

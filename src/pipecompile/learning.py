@@ -324,8 +324,23 @@ class LearningPipeline(LearnsInPlace):
             self._closed = self._closed or "it was closed"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model itself, in this process, in the mode it is in: for evaluation between streams."""
+        """The model itself, in this process, in the mode it is in: for evaluation between streams.
+
+        Raises:
+            InputError: while a stream is under way, whose newest weights are elsewhere.
+        """
+        if self._run is not None:
+            raise InputError("a stream is under way: load snapshot()['model'] into a model of its own to evaluate it")
         return self._model(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the model; counts from the next stream on.
+
+        Raises:
+            InputError: while a stream is under way.
+        """
+        self._idle()
+        return super().load_state_dict(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The model's ``state_dict``; while a stream is under way that of a :meth:`snapshot`, without arguments."""

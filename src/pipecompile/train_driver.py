@@ -38,7 +38,7 @@ from pipecompile.passes.recompute import Recompute
 from pipecompile.passes.trace import Traced
 from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_step import VerifyStep
-from pipecompile.runtime.batches import Reduction, batched_inputs, split_inputs, split_targets
+from pipecompile.runtime.batches import Reduction, batched_inputs, option, split_inputs, split_targets
 from pipecompile.runtime.criterion import full_precision
 from pipecompile.runtime.learn_sets import WeightSets
 from pipecompile.runtime.measure import CpuMeasure
@@ -89,6 +89,15 @@ def compile_training(
     if param_groups is not None and optimizer is None:
         raise InputError("param_groups= is for the pipeline's own optimizer: give optimizer= as well")
     groups = None if param_groups is None else ModelGroups.of(model, param_groups)
+    copies = weight_copies(optimizer)
+    if loss_fn is not None and reduction == "auto" and option(loss_fn, "reduction", None) is None:
+        warnings.warn(
+            "loss_fn does not say how it is reduced: taken as a mean over the samples of a micro-batch. If it is a "
+            "sum, or leaves out targets, give reduction='sum', or a function of a target that says how much of it "
+            "counts; reduction='mean' says that this is right",
+            PipecompileWarning,
+            stacklevel=3,
+        )
     leaves, tree = flatten((args, kwargs))
     batch, batched = batched_inputs(leaves)
     counts = part_counts(batch, len(cluster.devices)) if micro_batches == "auto" else [micro_batches]
@@ -125,7 +134,7 @@ def compile_training(
             Recompute(recompute, memory_limit),
             MeasureStep(profile_seconds / 8, deferred_batch_norm, dtype),
             time_limit,
-            2.0 if optimizer is None else copies_kept(optimizer),
+            copies,
         )
         few = len(traced.graph.layers)
         fitting = [name for name in names if schedule != "auto" or STEP_SCHEDULES[name].chunks <= few]
@@ -294,6 +303,23 @@ def _schedules(
             f"only {' and '.join(map(repr, FILL_AND_DRAIN))} can be used"
         )
     return list(FILL_AND_DRAIN) if schedule == "auto" else [schedule]
+
+
+def weight_copies(optimizer: OptimizerFactory | None) -> float:
+    """How much memory a trained weight needs, as a multiple of its own: see :func:`copies_kept`.
+
+    Raises:
+        InputError: if it makes no optimizer of a list of weights, or one that asks for more than gradients.
+    """
+    if optimizer is None:  # the caller's is not known: gradients alone
+        return 2.0
+    hint = "give what makes one for a list of weights, such as functools.partial(torch.optim.SGD, lr=0.1)"
+    if isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(f"optimizer= is a {type(optimizer).__name__} already; every stage has its own: {hint}")
+    try:
+        return copies_kept(optimizer)
+    except Exception as error:
+        raise InputError(f"optimizer= cannot update a weight ({type(error).__name__}: {error}): {hint}") from error
 
 
 def update_seconds(

@@ -29,7 +29,7 @@ from pipecompile.runtime.inline_step import InlineTrainer, Trainer
 from pipecompile.runtime.not_finite import origin
 from pipecompile.runtime.process_step import ProcessTrainer
 from pipecompile.runtime.training import Training
-from pipecompile.runtime.update import OptimizerFactory
+from pipecompile.runtime.update import OptimizerFactory, settings_of
 from pipecompile.simulate.step import simulate_step
 from pipecompile.train_artefact import SavedTraining
 
@@ -77,6 +77,7 @@ class TrainingPipeline(LearnsInPlace):
         self._training = Training(
             loss_fn, optimizer, seed, keep_gradients, check_finite, self._weights.groups(), full_loss
         )
+        self._known = frozenset[str]() if optimizer is None else settings_of(optimizer)
         self._drop_in = DropIn(step, tensors)
         self._trainer: Trainer | None = None
         self._steps, self._accumulated = 0 if resume is None else resume.steps, False
@@ -189,9 +190,17 @@ class TrainingPipeline(LearnsInPlace):
         """Take over the state of a plain torch optimizer over ``model.parameters()``, or with the same groups.
 
         Raises:
-            InputError: if it has other parameter groups, or another number of parameters.
+            InputError: if it has other parameter groups, another number of parameters, or other settings.
         """
-        self._ready().load_optimizer_state(*self._weights.unpacked(state_dict))
+        state, settings = self._weights.unpacked(state_dict)
+        for group in settings:
+            missing, unknown = sorted(self._known - group.keys()), sorted(group.keys() - self._known - {"initial_lr"})
+            if missing and unknown:
+                raise InputError(
+                    f"this is the state of another kind of optimizer: it has {', '.join(unknown)} and no "
+                    f"{', '.join(missing)}"
+                )
+        self._ready().load_optimizer_state(state, settings)
 
     def training_state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides ``state_dict()``: the optimizers' state and the number of steps done."""
@@ -273,16 +282,16 @@ class TrainingPipeline(LearnsInPlace):
 
         Raises:
             ArtefactError: if the file is not a whole checkpoint.
-            InputError: if it is of another model; nothing is changed then.
+            InputError: if it is of another model or another optimizer; nothing is changed then.
         """
         with self._lock:
             found = Checkpoint.load(path)
             found.fits(self._model.state_dict(), path)
-            self._model.load_state_dict(found.model)
             if found.optimizer is not None and optimizer is not None:
                 optimizer.load_state_dict(dict(found.optimizer))
             elif found.optimizer is not None:
                 self.load_optimizer_state_dict(found.optimizer)
+            self._model.load_state_dict(found.model)
             self._steps = found.steps
             return found.extra
 
@@ -292,11 +301,14 @@ class TrainingPipeline(LearnsInPlace):
         ``pipe.set_optimizer(1, lr=0.01)`` changes one of ``param_groups``, counted from 0.
 
         Raises:
-            InputError: if there is no such group.
+            InputError: if there is no such group, or no such setting.
         """
         groups = len(self._training.groups.settings)
         if group is not None and not 0 <= group < groups:
             raise InputError(f"there is no parameter group {group}: this pipeline has {groups}, counted from 0")
+        unknown = sorted(settings.keys() - self._known)
+        if unknown:
+            raise InputError(f"the optimizer has no {', '.join(unknown)}; there are {', '.join(sorted(self._known))}")
         self._ready().set(settings, group)
 
     def close(self) -> None:

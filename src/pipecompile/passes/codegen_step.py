@@ -93,6 +93,7 @@ class _StepWriter:
             if steps and step == steps[0]:
                 lines += commits
                 lines += ["# norm of all gradients, where they are clipped", "yield link.norm()"] if last else []
+                lines += ["# update"] if last else []
             lines += self._step(step)
         lines += [] if steps else commits
         return "def step(link, number):\n" + indent(lines)

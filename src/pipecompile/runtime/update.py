@@ -19,6 +19,12 @@ from pipecompile.runtime.step import NotFinite, Sums
 OptimizerFactory = Callable[[list[Any]], torch.optim.Optimizer]
 
 
+def settings_of(factory: OptimizerFactory) -> frozenset[str]:
+    """What a group of its optimizers can be told: ``lr`` and so on."""
+    group = factory([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    return frozenset(group) - {"params"}
+
+
 def copies_kept(factory: OptimizerFactory) -> float:
     """How many times training keeps a weight: itself, its gradient, and what the optimizer keeps after a step."""
     weight = torch.nn.Parameter(torch.zeros(2, 2))
@@ -262,4 +268,4 @@ class LocalBoard:
         return sum(self._given[device] for device in sorted(self._given))
 
 
-__all__ = ["Board", "DeviceUpdates", "Handover", "LocalBoard", "OptimizerFactory", "copies_kept"]
+__all__ = ["Board", "DeviceUpdates", "Handover", "LocalBoard", "OptimizerFactory", "copies_kept", "settings_of"]
