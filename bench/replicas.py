@@ -27,13 +27,13 @@ import pipecompile
 from bench.models import MODELS, build
 from bench.stream import bootstrap, stream_rate
 from pipecompile.eager import eager_models
-from pipecompile.infer_driver import Compiler
-from pipecompile.inference import InferencePipeline
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.tree import flatten
 from pipecompile.passes.lower import Lower
 from pipecompile.passes.partition import Partition
 from pipecompile.passes.trace import Trace
+from pipecompile.pipelines.infer_driver import Compiler
+from pipecompile.pipelines.inference import InferencePipeline
 from pipecompile.runtime.measure import CpuMeasure
 
 _MODELS = ("conv chain 30", "mlp 16x1024", "resnet18 224px")

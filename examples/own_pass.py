@@ -15,13 +15,13 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from pipecompile.clusters import make_cluster
-from pipecompile.infer_driver import Compiler
-from pipecompile.inference import InferencePipeline
 from pipecompile.ir.graph import ModelGraph
 from pipecompile.ir.plan import Plan
 from pipecompile.passes.lower import Lower, crossings
 from pipecompile.passes.partition import Partition
 from pipecompile.passes.trace import Trace
+from pipecompile.pipelines.infer_driver import Compiler
+from pipecompile.pipelines.inference import InferencePipeline
 from pipecompile.runtime.measure import CpuMeasure
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import pipecompile
-from pipecompile import LearningPipeline, learn_driver, train_driver
+from pipecompile import LearningPipeline
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.profile import Profile
 from pipecompile.passes.profile import ProfileLayers
+from pipecompile.pipelines import learn_driver, train_driver
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 RULES = ("sync", "weight_stashing", "2bw", "stale", "sideways")

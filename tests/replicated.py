@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from pipecompile.eager import eager_models
-from pipecompile.infer_driver import Compiler
-from pipecompile.inference import InferencePipeline
 from pipecompile.ir.cluster import Cluster, Device
 from pipecompile.ir.plan import Plan, Stage
 from pipecompile.ir.tree import flatten
 from pipecompile.passes.lower import Lower
 from pipecompile.passes.partition import Partition
 from pipecompile.passes.trace import Trace
+from pipecompile.pipelines.infer_driver import Compiler
+from pipecompile.pipelines.inference import InferencePipeline
 from pipecompile.runtime.measure import CpuMeasure
 
 

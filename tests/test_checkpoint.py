@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from models.training import TRAINING
-from pipecompile.checkpoint import Checkpoint
 from pipecompile.errors import ArtefactError, InputError
+from pipecompile.pipelines.checkpoint import Checkpoint
 from test_training import ADAMW, SGD, compiled, every_layer_alike
 from test_training_drop_in import dropped_in
 
@@ -78,7 +78,7 @@ def test_training_killed_in_a_step_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 SAVE = """
 import sys, torch
-from pipecompile.checkpoint import Checkpoint
+from pipecompile.pipelines.checkpoint import Checkpoint
 i = 0
 while True:
     value = torch.full((1 << 20,), float(i))

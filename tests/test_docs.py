@@ -22,7 +22,7 @@ from commands import in_process
 from media import write_video
 from pages import DOCS, ROOT, Block, blocks, commands
 from pipecompile import driver
-from pipecompile.infer_driver import compile_inference
+from pipecompile.pipelines.infer_driver import compile_inference
 
 PAGES = [
     DOCS / "tutorial.md",

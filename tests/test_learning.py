@@ -18,12 +18,12 @@ from torch import nn
 import pipecompile
 from models.learning import LESSONS, Lesson, Steps, as_planned, chain
 from oracles.learning import Run, Sample, delays, learn
-from pipecompile import learn_driver, train_driver
 from pipecompile.errors import InputError, PipecompileWarning, PipelineClosed, PlanError, StepError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.profile import Profile
-from pipecompile.learning import LearningPipeline
 from pipecompile.passes.profile import ProfileLayers
+from pipecompile.pipelines import learn_driver, train_driver
+from pipecompile.pipelines.learning import LearningPipeline
 from pipecompile.runtime.versions import StageWeights
 
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)  # any more, and some rules diverge within 1,000 updates

@@ -16,15 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.training import TRAINING, Job, Training
 from oracles.training import Run, pieces_of, train
-from pipecompile import train_driver
 from pipecompile.clusters import make_cluster
 from pipecompile.errors import InputError, PipecompileWarning, PipelineClosed, PlanError, StepError, TraceError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.profile import Profile
 from pipecompile.passes.profile import ProfileLayers
+from pipecompile.pipelines import train_driver
+from pipecompile.pipelines.train_driver import compile_training
+from pipecompile.pipelines.training import TrainingPipeline
 from pipecompile.schedules.training import STEP_SCHEDULES
-from pipecompile.train_driver import compile_training
-from pipecompile.training import TrainingPipeline
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 ADAMW = partial(torch.optim.AdamW, lr=0.003, weight_decay=0.05)

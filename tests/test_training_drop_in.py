@@ -16,8 +16,8 @@ from models.training import BATCH, TRAINING, Job
 from oracles.training import Masks, pieces_of
 from pipecompile.driver import make_cluster
 from pipecompile.errors import InputError, PipecompileWarning, PlanError, StepError
-from pipecompile.train_driver import compile_training
-from pipecompile.training import TrainingPipeline
+from pipecompile.pipelines.train_driver import compile_training
+from pipecompile.pipelines.training import TrainingPipeline
 from test_training import ADAMW, PARTS, SGD, STEPS, compiled, every_layer_alike, furthest
 
 __all__ = ["every_layer_alike"]  # the fixture, for this file too

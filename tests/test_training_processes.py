@@ -17,8 +17,8 @@ from torch import nn
 from models.training import TRAINING, Job, Training
 from pipecompile.errors import PipelineClosed, PipelineError, StepError, WorkerDied, WorkerHung
 from pipecompile.ir.cluster import Link
+from pipecompile.pipelines.training import TrainingPipeline
 from pipecompile.runtime.process_step import ProcessTrainer
-from pipecompile.training import TrainingPipeline
 from test_training import (
     ADAMW,
     CASES,

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, StepLR
 from models.training import TRAINING, Job
 from oracles.training import pieces_of
 from pipecompile.errors import InputError
-from pipecompile.training import TrainingPipeline
+from pipecompile.pipelines.training import TrainingPipeline
 from test_training import PARTS, SGD, STEPS, compiled, every_layer_alike, furthest
 
 __all__ = ["every_layer_alike"]  # the fixture, for this file too

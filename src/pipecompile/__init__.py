@@ -32,15 +32,15 @@ if TYPE_CHECKING:
         WorkerDied,
         WorkerHung,
     )
-    from pipecompile.inference import InferencePipeline
     from pipecompile.ir.cluster import Cluster, Device, Link
     from pipecompile.ir.learning import Learned, LearnTimes
     from pipecompile.ir.sample import Counts, Record, Result, Sample
-    from pipecompile.learning import LearningPipeline
+    from pipecompile.pipelines.inference import InferencePipeline
+    from pipecompile.pipelines.learning import LearningPipeline
+    from pipecompile.pipelines.training import TrainingPipeline
     from pipecompile.streams.pulled import Stream
     from pipecompile.streams.pushed import Results
     from pipecompile.streams.ticket import Ticket
-    from pipecompile.training import TrainingPipeline
 
 #: Packages reached by attribute: ``pipecompile.sources.VideoFile``.
 _ROOMS = ("losses", "sources")

@@ -13,7 +13,6 @@ from torch import nn
 from pipecompile.clusters import make_cluster
 from pipecompile.eager import eager_models
 from pipecompile.errors import PlanError
-from pipecompile.infer_driver import Compiler, whole_rounds
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
@@ -22,6 +21,7 @@ from pipecompile.options import Progress, silent
 from pipecompile.passes.lower import Lower
 from pipecompile.passes.partition import ObjectiveName, Partition, Size, with_memory
 from pipecompile.passes.trace import Trace
+from pipecompile.pipelines.infer_driver import Compiler, whole_rounds
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.simulate import simulate
 

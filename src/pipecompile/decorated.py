@@ -21,9 +21,9 @@ from pipecompile.arguments import Arguments
 from pipecompile.eager import eager_models
 from pipecompile.errors import ExampleError, InputError, PipecompileWarning
 from pipecompile.guards import Guards, plain
-from pipecompile.inference import InferencePipeline
 from pipecompile.ir.sample import Sample
 from pipecompile.ir.tree import flatten
+from pipecompile.pipelines.inference import InferencePipeline
 from pipecompile.streams.pulled import Stream
 
 #: What the decorator adds to a class.

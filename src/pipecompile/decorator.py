@@ -12,8 +12,8 @@ from torch import nn
 from pipecompile.decorated import NAMES, Options, decorated
 from pipecompile.eager import running_eager
 from pipecompile.errors import InputError
-from pipecompile.inference import InferencePipeline
 from pipecompile.options import names_of
+from pipecompile.pipelines.inference import InferencePipeline
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -15,21 +15,21 @@ from torch import nn
 from pipecompile import artefact
 from pipecompile.clusters import make_cluster
 from pipecompile.errors import InputError
-from pipecompile.infer_driver import compile_inference
-from pipecompile.inference import InferencePipeline
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.package import Package
-from pipecompile.learn_driver import compile_learning
-from pipecompile.learning import LearningPipeline
 from pipecompile.options import InferenceOptions, LearningOptions, Mode, TrainingOptions, check_options
 from pipecompile.passes.partition import with_memory
+from pipecompile.pipelines.infer_driver import compile_inference
+from pipecompile.pipelines.inference import InferencePipeline
+from pipecompile.pipelines.learn_driver import compile_learning
+from pipecompile.pipelines.learning import LearningPipeline
+from pipecompile.pipelines.train_artefact import SavedTraining
+from pipecompile.pipelines.train_driver import compile_training
+from pipecompile.pipelines.training import TrainingPipeline, resume_training
 from pipecompile.runtime.batches import Reduction
 from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.streams.engine import ExecutorName, OnFailure
 from pipecompile.streams.entrance import Overload
-from pipecompile.train_artefact import SavedTraining
-from pipecompile.train_driver import compile_training
-from pipecompile.training import TrainingPipeline, resume_training
 
 #: What carries out each mode: called with model, args, kwargs, cluster and the options of the mode.
 _MODES: Mapping[str, Any] = {"infer": compile_inference, "train": compile_training, "learn": compile_learning}

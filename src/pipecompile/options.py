@@ -12,8 +12,8 @@ from torch import nn
 from pipecompile.errors import InputError, PlanError
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.learning import Clock, Updates
-from pipecompile.param_groups import Groups
 from pipecompile.passes.partition import ObjectiveName
+from pipecompile.pipelines.param_groups import Groups
 from pipecompile.runtime.batches import Reduction
 from pipecompile.runtime.learn import OnNonfinite
 from pipecompile.runtime.update import OptimizerFactory

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pipecompile.errors import PipelineError
-from pipecompile.infer_driver import Compiler
+from pipecompile.pipelines.infer_driver import Compiler
 from pipecompile.ir.cluster import Cluster, Device, Link
 from pipecompile.ir.measure import Job
 from pipecompile.ir.package import Package

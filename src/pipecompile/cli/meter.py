@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from pipecompile.cli.console import ms
 
 if TYPE_CHECKING:
-    from pipecompile.inference import InferencePipeline
     from pipecompile.ir.sample import Record
+    from pipecompile.pipelines.inference import InferencePipeline
 
 _RECENT = 200
 

@@ -18,8 +18,8 @@ from pipecompile.errors import InputError, PipecompileError
 if TYPE_CHECKING:
     from pipecompile.cli.meter import Meter
     from pipecompile.cli.opening import Limited
-    from pipecompile.inference import InferencePipeline
     from pipecompile.ir.sample import Result
+    from pipecompile.pipelines.inference import InferencePipeline
 
 #: Samples that failed are told one by one up to this many.
 _TOLD = 3

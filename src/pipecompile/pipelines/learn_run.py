@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from pipecompile.ir.learning import Outcome
-from pipecompile.learn_source import LearnSource
+from pipecompile.pipelines.learn_source import LearnSource
 from pipecompile.runtime.learn_host import Learner
 
 #: Seconds to look for results before asking a source again that has nothing yet.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from pipecompile.errors import PipelineError
-from pipecompile.model_weights import ModelWeights
+from pipecompile.pipelines.model_weights import ModelWeights
 from pipecompile.runtime.learn_host import Learner
 
 

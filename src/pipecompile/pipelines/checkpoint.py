@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from pipecompile.errors import ArtefactError, InputError
 
 FORMAT = 1
-_KEY = "pipecompile.checkpoint"
+_KEY = "pipecompile.pipelines.checkpoint"
 
 
 @dataclass(frozen=True)

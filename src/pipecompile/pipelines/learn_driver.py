@@ -19,7 +19,6 @@ from pipecompile.ir.learning import Clock, LearnPackage, Rule, TargetSpec, Updat
 from pipecompile.ir.profile import Profile
 from pipecompile.ir.training import Gradients
 from pipecompile.ir.tree import flatten
-from pipecompile.learning import LearningPipeline
 from pipecompile.options import Progress, silent
 from pipecompile.passes.codegen_learn import CodegenLearn
 from pipecompile.passes.lower_learn import LowerLearn
@@ -31,13 +30,14 @@ from pipecompile.passes.recompute import Recompute
 from pipecompile.passes.trace import Traced
 from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_learn import VerifyLearn
+from pipecompile.pipelines.learning import LearningPipeline
+from pipecompile.pipelines.train_driver import ExampleLoss, StepPlanner, package_of, update_seconds, weight_copies
+from pipecompile.pipelines.training import ExecutorName
 from pipecompile.runtime.learn import LearnOptions, OnNonfinite
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.schedules.learning import learning
 from pipecompile.streams.engine import OnFailure
-from pipecompile.train_driver import ExampleLoss, StepPlanner, package_of, update_seconds, weight_copies
-from pipecompile.training import ExecutorName
 
 
 def compile_learning(

@@ -17,16 +17,16 @@ import torch
 
 from pipecompile import artefact
 from pipecompile._version import __version__
-from pipecompile.checkpoint import Checkpoint
 from pipecompile.errors import ArtefactError
 from pipecompile.ir.training import StageCost, StepPackage
+from pipecompile.pipelines.checkpoint import Checkpoint
 
 FILE = "training.safetensors"
 
 
 @dataclass(frozen=True)
 class SavedTraining:
-    """What a folder holds. ``options`` are those of :class:`pipecompile.training.TrainingPipeline`."""
+    """What a folder holds. ``options`` are those of :class:`pipecompile.pipelines.training.TrainingPipeline`."""
 
     step: StepPackage
     tensors: dict[str, torch.Tensor]

@@ -13,16 +13,17 @@ import torch
 from torch import nn
 
 from pipecompile.arguments import Arguments
-from pipecompile.checkpoint import Checkpoint
-from pipecompile.drop_in import DropIn
 from pipecompile.errors import InputError, NonFiniteError, PipelineClosed, StepError
-from pipecompile.facade import LearnsInPlace
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.package import Package
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.training import StageCost, StepPackage, StepRequest
-from pipecompile.model_weights import ModelWeights
-from pipecompile.param_groups import ModelGroups
+from pipecompile.pipelines.checkpoint import Checkpoint
+from pipecompile.pipelines.drop_in import DropIn
+from pipecompile.pipelines.facade import LearnsInPlace
+from pipecompile.pipelines.model_weights import ModelWeights
+from pipecompile.pipelines.param_groups import ModelGroups
+from pipecompile.pipelines.train_artefact import SavedTraining
 from pipecompile.runtime.batches import Reduction, loss_weights, split_inputs, split_targets
 from pipecompile.runtime.criterion import Criterion
 from pipecompile.runtime.inline_step import InlineTrainer, Trainer
@@ -31,7 +32,6 @@ from pipecompile.runtime.process_step import ProcessTrainer
 from pipecompile.runtime.training import Training
 from pipecompile.runtime.update import OptimizerFactory, settings_of
 from pipecompile.simulate.step import simulate_step
-from pipecompile.train_artefact import SavedTraining
 
 ExecutorName = Literal["process", "inline"]
 

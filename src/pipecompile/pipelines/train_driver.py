@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pipecompile.drop_in import FILL_AND_DRAIN
 from pipecompile.eager import eager_models
 from pipecompile.errors import InputError, PipecompileWarning, PlanError
 from pipecompile.ir.cluster import Cluster, Link
@@ -26,7 +25,6 @@ from pipecompile.ir.program import Program
 from pipecompile.ir.training import Gradients, StageCost, StepPackage
 from pipecompile.ir.tree import Tree, flatten, unflatten
 from pipecompile.options import Progress, silent
-from pipecompile.param_groups import Groups, ModelGroups
 from pipecompile.passes.choose_step import Candidate, ChooseStep
 from pipecompile.passes.codegen_step import CodegenStep
 from pipecompile.passes.lower_step import LowerStep, owners, weight_users
@@ -38,6 +36,9 @@ from pipecompile.passes.recompute import Recompute
 from pipecompile.passes.trace import Traced
 from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_step import VerifyStep
+from pipecompile.pipelines.drop_in import FILL_AND_DRAIN
+from pipecompile.pipelines.param_groups import Groups, ModelGroups
+from pipecompile.pipelines.training import ExecutorName, TrainingPipeline
 from pipecompile.runtime.batches import Reduction, batched_inputs, option, split_inputs, split_targets
 from pipecompile.runtime.criterion import full_precision
 from pipecompile.runtime.learn_sets import WeightSets
@@ -45,7 +46,6 @@ from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.update import OptimizerFactory, copies_kept
 from pipecompile.schedules.recompute import RecomputeName
 from pipecompile.schedules.training import STEP_SCHEDULES, ScheduleName
-from pipecompile.training import ExecutorName, TrainingPipeline
 
 #: How far the slowest stage may be from its prediction before the model is cut again.
 _TOLERANCE = 0.1

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from pipecompile.errors import InputError, PipecompileWarning, PipelineClosed, PipelineError, WorkerDied, WorkerHung
-from pipecompile.facade import LearnsInPlace
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.learning import PREDICTED, SKIPPED, Learned, LearnPackage, Outcome, Rule
 from pipecompile.ir.package import Package
@@ -21,11 +20,13 @@ from pipecompile.ir.sample import Counts
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.training import StageCost
 from pipecompile.ir.tree import unflatten
-from pipecompile.learn_pairs import Pairs
-from pipecompile.learn_run import LearnRun
-from pipecompile.learn_source import Live, Pulled
-from pipecompile.learn_state import LearnState
-from pipecompile.model_weights import ModelWeights
+from pipecompile.pipelines.facade import LearnsInPlace
+from pipecompile.pipelines.learn_pairs import Pairs
+from pipecompile.pipelines.learn_run import LearnRun
+from pipecompile.pipelines.learn_source import Live, Pulled
+from pipecompile.pipelines.learn_state import LearnState
+from pipecompile.pipelines.model_weights import ModelWeights
+from pipecompile.pipelines.training import ExecutorName
 from pipecompile.runtime.inline_learn import InlineLearner
 from pipecompile.runtime.learn import LearnOptions
 from pipecompile.runtime.learn_host import Learner
@@ -33,7 +34,6 @@ from pipecompile.runtime.process_learn import ProcessLearner
 from pipecompile.simulate.learn import simulate_learn
 from pipecompile.streams.engine import OnFailure
 from pipecompile.streams.entrance import Options, Overload
-from pipecompile.training import ExecutorName
 
 
 class LearningPipeline(LearnsInPlace):
@@ -245,7 +245,7 @@ class LearningPipeline(LearnsInPlace):
         return Learned(seq, output, loss, outcome.versions, outcome.times, outcome.status == SKIPPED)
 
     def _prepare(self, item: Any, sample: int) -> tuple[list[Any], list[Any] | None]:
-        """See :data:`pipecompile.learn_run.Prepare`."""
+        """See :data:`pipecompile.pipelines.learn_run.Prepare`."""
         leaves, target = self._pairs.flat(item, sample)
         if target is None:
             return leaves, None
@@ -361,11 +361,11 @@ class LearningPipeline(LearnsInPlace):
 
     @property
     def stale(self) -> bool:
-        """See :class:`pipecompile.learn_run.Executors`."""
+        """See :class:`pipecompile.pipelines.learn_run.Executors`."""
         return self._stale
 
     def ready(self) -> Learner:
-        """See :class:`pipecompile.learn_run.Executors`."""
+        """See :class:`pipecompile.pipelines.learn_run.Executors`."""
         self._check()
         if self._stale and self._learner is not None:
             self._learner.close()  # it has seen no target yet: there is nothing to carry over but what was loaded

@@ -13,7 +13,6 @@ from torch import nn
 from pipecompile import cache
 from pipecompile.eager import eager_models
 from pipecompile.errors import PipecompileError, PipecompileWarning
-from pipecompile.inference import InferencePipeline
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import TensorSpec
 from pipecompile.ir.measure import Measure
@@ -31,6 +30,7 @@ from pipecompile.passes.refine import Refine
 from pipecompile.passes.schedule import Schedule
 from pipecompile.passes.trace import Trace, Traced
 from pipecompile.passes.verify import Verify
+from pipecompile.pipelines.inference import InferencePipeline
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.simulate import simulate
 from pipecompile.streams.engine import ExecutorName, OnFailure

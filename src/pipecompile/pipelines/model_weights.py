@@ -11,7 +11,7 @@ from torch import nn
 
 from pipecompile.errors import InputError
 from pipecompile.ir.graph import StateSpec
-from pipecompile.param_groups import ModelGroups
+from pipecompile.pipelines.param_groups import ModelGroups
 from pipecompile.runtime.groups import ParameterGroups
 
 

@@ -13,11 +13,11 @@ from torch import nn
 from pipecompile import artefact
 from pipecompile._version import __version__
 from pipecompile.errors import InputError, PipelineClosed
-from pipecompile.facade import Pipeline
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.package import Package
 from pipecompile.ir.sample import Counts
 from pipecompile.ir.timeline import Timeline
+from pipecompile.pipelines.facade import Pipeline
 from pipecompile.runtime.surviving import Surviving
 from pipecompile.simulate import simulate
 from pipecompile.streams.call import call
