@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -50,3 +51,19 @@ def test_weights_without_values() -> None:
 def test_keywords_given_as_positional_arguments() -> None:
     with pytest.raises(InputError, match="example_kwargs"):
         pipecompile.compile(nn.Linear(2, 2), {"input": torch.ones(1, 2)})  # type: ignore[arg-type]  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"pin": "0.*"}, "pin='0.*': it must be a dict"),
+        ({"colocate": "0.*"}, "it must be a list of patterns"),
+        ({"profile_seconds": -1}, "a number of seconds above 0"),
+        ({"mode": "train", "micro_batches": "many"}, "micro_batches='many': it must be a whole number or 'auto'"),
+        ({"mode": "train", "clip_norm": -1.0}, "a number above 0"),
+        ({"mode": "train", "seed": "x"}, "seed='x': it must be a whole number"),
+    ],
+)
+def test_options_of_a_wrong_kind(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        pipecompile.compile(nn.Linear(2, 2), torch.ones(4, 2), **options)

@@ -133,6 +133,7 @@ def test_groups_that_make_no_sense_are_named() -> None:
         ([{"params": [first]}, {"params": [first]}], "0.weight is in param_groups[0] and param_groups[1]"),
         ([{"params": [torch.zeros(3)]}], "param_groups[0]: Tensor of another model, or no parameter"),
         ([{"lr": 0.1}], "param_groups[0] has no 'params'"),
+        ([{"params": "*"}, {"params": "*.bias"}], "param_groups[1] gets no parameter"),
     ]:
         with pytest.raises(InputError, match=re.escape(message)):
             compiled(job, 2, "1f1b", SGD, param_groups=groups)

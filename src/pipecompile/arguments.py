@@ -150,7 +150,7 @@ class Arguments:
             got = "x".join(map(str, leaf.shape))
             raise InputError(
                 f"input {name!r} has shape {got or '()'}, compiled for {want or '()'}: pass that shape, or compile "
-                "with dynamic_shapes="
+                "for this one (for streams also for sizes that change: dynamic_shapes=)"
             )
         for symbol in self._package.symbols.values():
             size = leaf.shape[symbol.dim] if symbol.input == index else symbol.low

@@ -108,6 +108,23 @@ def names_of(mode: Mode) -> list[str]:
     return list(_OPTIONS[mode].__annotations__)
 
 
+def _real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 0
+
+
+#: What some options must be, where the mistake would otherwise be told by whoever stumbles over it.
+_VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "pin": (lambda value: isinstance(value, Mapping), "a dict from patterns of layer names to devices"),
+    "colocate": (lambda value: not isinstance(value, str), "a list of patterns of layer names, or of lists of them"),
+    "micro_batches": (lambda value: isinstance(value, int) or value == "auto", "a whole number or 'auto'"),
+    "snapshot_every": (lambda value: isinstance(value, int), "a whole number of samples"),
+    "seed": (lambda value: isinstance(value, int), "a whole number"),
+    "ahead": (lambda value: isinstance(value, int) and value >= 0, "a whole number of messages, 0 or more"),
+    "clip_norm": (_real, "a number above 0"),
+    "profile_seconds": (_real, "a number of seconds above 0"),
+}
+
+
 def check_options(mode: str, given: Mapping[str, Any]) -> None:
     """Refuse a mode or options that nobody knows, that another mode takes, and a mode without what it needs.
 
@@ -128,6 +145,10 @@ def check_options(mode: str, given: Mapping[str, Any]) -> None:
     if strange:
         takes = _either(f"mode={m!r}" for m in dict.fromkeys(m for name in strange for m in takers[name]))
         raise InputError(f"{', '.join(strange)}: only {takes} takes that, this is mode={mode!r}")
+    for name, value in given.items():
+        fits, what = _VALUES.get(name, (None, ""))
+        if fits is not None and value is not None and not fits(value):
+            raise InputError(f"{name}={value!r}: it must be {what}")
     executor = given.get("executor", "process")
     if executor not in get_args(ExecutorName):
         raise InputError(f"executor={executor!r} is neither {' nor '.join(map(repr, get_args(ExecutorName)))}")

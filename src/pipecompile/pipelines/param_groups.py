@@ -56,6 +56,12 @@ class ModelGroups:
                 "last group with params='*', or freeze them with requires_grad_(False)"
             )
         members = tuple(tuple(p for p, at in taken.items() if at == i) for i in range(len(groups)))
+        empty = [i for i, own in enumerate(members) if not own]
+        if empty:
+            raise InputError(
+                f"param_groups[{empty[0]}] gets no parameter: what fits it is in an earlier group already; put the "
+                "narrower pattern first"
+            )
         return cls(members, tuple({k: v for k, v in group.items() if k != "params"} for group in groups))
 
 
