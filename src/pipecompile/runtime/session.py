@@ -172,7 +172,8 @@ class Session:
         """Offer a sample; its number, or None while there is no room. See ``Executor.submit``."""
         with self._submitting:
             self._check()
-            return self._host.submit(leaves)
+            with _one_thread():
+                return self._host.submit(leaves)
 
     def late(self, on: bool) -> None:
         """Have room only when the first stage waits. See ``Executor.late``."""
@@ -253,7 +254,8 @@ class Session:
         host = self._host
         if host.arrived() or self._await(self._for_result, host.arrived, timeout, self._arrivals):
             try:
-                return host.collect(self._tensors)
+                with _one_thread():
+                    return host.collect(self._tensors)
             except SampleFailed as failed:
                 reason = self._news.reason(failed.sample)
                 raise (reason if isinstance(reason, StageError) else self._fail(reason)) from None
@@ -384,3 +386,17 @@ class Session:
         finally:
             for lock in held:
                 lock.release()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Generator[None]:
+    """Copy on this thread alone: torch's other ones would go on spinning for a while, on the cores of the devices."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
