@@ -32,12 +32,11 @@ from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_learn import VerifyLearn
 from pipecompile.pipelines.learning import LearningPipeline
 from pipecompile.pipelines.train_driver import ExampleLoss, StepPlanner, package_of, update_seconds, weight_copies
-from pipecompile.pipelines.training import ExecutorName
 from pipecompile.runtime.learn import LearnOptions, OnNonfinite
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.schedules.learning import learning
-from pipecompile.streams.engine import OnFailure
+from pipecompile.streams.engine import ExecutorName, OnFailure
 
 
 def compile_learning(

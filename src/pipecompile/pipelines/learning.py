@@ -26,13 +26,12 @@ from pipecompile.pipelines.learn_run import LearnRun
 from pipecompile.pipelines.learn_source import Live, Pulled
 from pipecompile.pipelines.learn_state import LearnState
 from pipecompile.pipelines.model_weights import ModelWeights
-from pipecompile.pipelines.training import ExecutorName
 from pipecompile.runtime.inline_learn import InlineLearner
 from pipecompile.runtime.learn import LearnOptions
 from pipecompile.runtime.learn_host import Learner
 from pipecompile.runtime.process_learn import ProcessLearner
 from pipecompile.simulate.learn import simulate_learn
-from pipecompile.streams.engine import OnFailure
+from pipecompile.streams.engine import ExecutorName, OnFailure
 from pipecompile.streams.entrance import Options, Overload
 
 

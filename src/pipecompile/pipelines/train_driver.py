@@ -38,7 +38,7 @@ from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_step import VerifyStep
 from pipecompile.pipelines.drop_in import FILL_AND_DRAIN
 from pipecompile.pipelines.param_groups import Groups, ModelGroups
-from pipecompile.pipelines.training import ExecutorName, TrainingPipeline
+from pipecompile.pipelines.training import TrainingPipeline
 from pipecompile.runtime.batches import Reduction, batched_inputs, option, split_inputs, split_targets
 from pipecompile.runtime.criterion import full_precision
 from pipecompile.runtime.learn_sets import WeightSets
@@ -46,6 +46,7 @@ from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.update import OptimizerFactory, copies_kept
 from pipecompile.schedules.recompute import RecomputeName
 from pipecompile.schedules.training import STEP_SCHEDULES, ScheduleName
+from pipecompile.streams.engine import ExecutorName
 
 #: How far the slowest stage may be from its prediction before the model is cut again.
 _TOLERANCE = 0.1

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,8 +32,7 @@ from pipecompile.runtime.process_step import ProcessTrainer
 from pipecompile.runtime.training import Training
 from pipecompile.runtime.update import OptimizerFactory, settings_of
 from pipecompile.simulate.step import simulate_step
-
-ExecutorName = Literal["process", "inline"]
+from pipecompile.streams.engine import ExecutorName
 
 
 class TrainingPipeline(LearnsInPlace):
