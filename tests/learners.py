@@ -17,7 +17,7 @@ from pipecompile import LearningPipeline
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.profile import Profile
 from pipecompile.passes.profile import ProfileLayers
-from pipecompile.pipelines import learn_driver, train_driver
+from pipecompile.pipelines import learn_driver, step_planner
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 RULES = ("sync", "weight_stashing", "2bw", "stale", "sideways")
@@ -63,7 +63,7 @@ def learning(model: nn.Module, stages: int, updates: Any = "weight_stashing", **
     # Layers all alike, so that the cut is the same every time, and nothing is cut again after measuring.
     with (
         mock.patch.object(ProfileLayers, "apply", _alike),
-        mock.patch.object(train_driver, "_TOLERANCE", math.inf),
+        mock.patch.object(step_planner, "_TOLERANCE", math.inf),
         mock.patch.object(learn_driver, "update_seconds", return_value=0.0),
         warnings.catch_warnings(),
     ):

@@ -22,7 +22,7 @@ from pipecompile.errors import InputError, PipecompileWarning, PipelineClosed, P
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.profile import Profile
 from pipecompile.passes.profile import ProfileLayers
-from pipecompile.pipelines import learn_driver, train_driver
+from pipecompile.pipelines import learn_driver, step_planner
 from pipecompile.pipelines.learning import LearningPipeline
 from pipecompile.runtime.versions import StageWeights
 
@@ -45,7 +45,7 @@ def every_layer_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         return Profile((1.0,) * len(graph.layers), sizes, Link(1e-6, 1e12), float(len(graph.layers)))
 
     monkeypatch.setattr(ProfileLayers, "apply", apply)
-    monkeypatch.setattr(train_driver, "_TOLERANCE", math.inf)
+    monkeypatch.setattr(step_planner, "_TOLERANCE", math.inf)
     monkeypatch.setattr(learn_driver, "update_seconds", lambda *_, **__: 0.0)
 
 

@@ -21,7 +21,7 @@ from pipecompile.errors import InputError, PipecompileWarning, PipelineClosed, P
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.profile import Profile
 from pipecompile.passes.profile import ProfileLayers
-from pipecompile.pipelines import train_driver
+from pipecompile.pipelines import step_planner
 from pipecompile.pipelines.train_driver import compile_training
 from pipecompile.pipelines.training import TrainingPipeline
 from pipecompile.schedules.training import STEP_SCHEDULES
@@ -43,7 +43,7 @@ def every_layer_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         return Profile((1.0,) * len(graph.layers), sizes, Link(1e-6, 1e12), float(len(graph.layers)))
 
     monkeypatch.setattr(ProfileLayers, "apply", apply)
-    monkeypatch.setattr(train_driver, "_TOLERANCE", math.inf)  # nor is it cut again after measuring
+    monkeypatch.setattr(step_planner, "_TOLERANCE", math.inf)  # nor is it cut again after measuring
 
 
 Way = tuple[Training, str, int, str]

@@ -31,7 +31,8 @@ from pipecompile.passes.trace import Traced
 from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_learn import VerifyLearn
 from pipecompile.pipelines.learning import LearningPipeline
-from pipecompile.pipelines.train_driver import ExampleLoss, StepPlanner, package_of, update_seconds, weight_copies
+from pipecompile.pipelines.step_planner import ExampleLoss, StepPlanner, package_of, update_seconds
+from pipecompile.pipelines.train_driver import weight_copies
 from pipecompile.runtime.learn import LearnOptions, OnNonfinite
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.update import OptimizerFactory
