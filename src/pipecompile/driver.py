@@ -174,7 +174,10 @@ def compile(
         raise InputError("example_inputs are the positional arguments; give a dict of keywords as example_kwargs=")
     _import_aside("pulp")
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
-    cluster = with_memory(make_cluster(options.pop("devices", 2)), options.pop("memory", None))
+    devices = options.pop("devices", 2)
+    cluster = with_memory(make_cluster(devices), options.pop("memory", None))
+    if mode == "train" and isinstance(devices, int):  # so many cores, however they are best used
+        options["threads"] = min(devices, len({device.core for device in cluster.devices}))
     return _MODES[mode](model, args, dict(example_kwargs or {}), cluster, **options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import warnings
 from functools import partial
@@ -61,6 +62,21 @@ def test_a_memory_limit_leaves_out_what_keeps_too_much() -> None:
     assert ChooseStep(needs["zb_v"]).apply(every).name == "zb_v"
     with pytest.raises(PlanError, match=rf"within memory_limit=1,999 bytes a device; they need: .*1f1b {2000 + ahead:,}"):
         ChooseStep(1999).apply(every)
+
+
+def test_beside_others_a_stage_takes_longer_for_as_long_as_they_are_busy() -> None:
+    """By hand: 1F1B with two stages and four micro-batches is 15 units of time long, of which 12 are work."""
+    found = candidate("1f1b", 4, EVEN)
+    slowed = found.slowed({0: 1.5, 1: 1.0})
+    assert [cost.forward for cost in slowed.costs] == pytest.approx([1 + 0.5 * 12 / 15, 1.0], rel=1e-4)
+    assert [cost.backward for cost in slowed.costs] == pytest.approx([2 + 1.0 * 12 / 15, 2.0], rel=1e-4)
+    assert slowed.costs[0].kept == EVEN.kept
+    assert [stage.alone for stage in slowed.plan.stages] == [3.0, 3.0]
+    assert [stage.measured for stage in slowed.plan.stages] == pytest.approx([3 * 1.4, 3.0], rel=1e-4)
+    assert slowed.seconds > found.seconds
+    updating = found.costing([dataclasses.replace(cost, update=0.8) for cost in found.costs])
+    assert [stage.measured for stage in updating.plan.stages] == pytest.approx([3.2, 3.2])  # a fourth of it each
+    assert updating.seconds == pytest.approx(found.seconds + 0.8)
 
 
 def compiled(job: Any, **more: Any) -> Any:

@@ -12,9 +12,11 @@ from torch import nn
 
 import pipecompile
 from pipecompile.errors import PipecompileWarning, PlanError, TraceError
+from pipecompile.ir.cluster import Cluster, Device, Link
 from pipecompile.ir.training import StageCost
 from pipecompile.passes.choose_step import Candidate, ChooseStep
-from pipecompile.passes.part_counts import best_count, part_counts
+from pipecompile.passes.part_counts import best_way, part_counts
+from pipecompile.pipelines.train_driver import compile_training
 from pipecompile.schedules.training import STEP_SCHEDULES
 from test_choose_step import candidate
 
@@ -45,10 +47,14 @@ def split(count: int, fixed: float, each: float) -> list[Candidate]:
     return [candidate(name, count, cost) for name in STEP_SCHEDULES]
 
 
+def no_bound(_: int) -> float:
+    return 0.0
+
+
 @pytest.mark.parametrize(("fixed", "wanted"), [(0.0, 16), (0.5, 2)])
 def test_many_small_parts_or_few_large_ones(fixed: float, wanted: int) -> None:
     counts = [2, 4, 8, 16]
-    chosen, (note,) = best_count(counts, lambda i: split(counts[i], fixed, 0.1), ChooseStep())
+    chosen, (note,) = best_way(list(map(str, counts)), no_bound, lambda i: split(counts[i], fixed, 0.1), ChooseStep())
     every = [c for count in counts for c in split(count, fixed, 0.1)]
     assert chosen.seconds == min(c.seconds for c in every)
     assert chosen.program.micro_batches == wanted
@@ -63,22 +69,73 @@ def test_the_limit_counts_over_all_numbers_and_what_fails_is_told() -> None:
             raise TraceError("sizes are baked")
         return split(counts[i], 0.5, 0.1)
 
-    free, _ = best_count(counts, tried, ChooseStep())
+    free, _ = best_way(list(map(str, counts)), no_bound, tried, ChooseStep())
     assert free.program.micro_batches == 2
     limit = min(c.memory for c in split(2, 0.5, 0.1)) - 1
-    tight, (note,) = best_count(counts, tried, ChooseStep(limit))
+    tight, (note,) = best_way(list(map(str, counts)), no_bound, tried, ChooseStep(limit))
     assert tight.program.micro_batches == 4
     assert tight.memory <= limit
     assert f"within {limit:,} bytes" in note
     assert "8: sizes are baked" in note
     with pytest.raises(PlanError, match="no schedule keeps"):
-        best_count(counts, tried, ChooseStep(10))
+        best_way(list(map(str, counts)), no_bound, tried, ChooseStep(10))
 
     def never(i: int) -> list[Candidate]:
         raise TraceError(f"no {counts[i]}")
 
     with pytest.raises(TraceError, match="no 2"):
-        best_count(counts, never, ChooseStep())
+        best_way(list(map(str, counts)), no_bound, never, ChooseStep())
+
+
+def test_what_cannot_be_below_the_best_is_not_planned() -> None:
+    asked, planned = list[int](), list[int]()
+    bounds = {2: 0.0, 4: 1e-3, 8: 1e6, 16: 0.0}
+    counts = list(bounds)
+
+    def least(i: int) -> float:
+        asked.append(counts[i])
+        return bounds[counts[i]]
+
+    def tried(i: int) -> list[Candidate]:
+        planned.append(counts[i])
+        return split(counts[i], 0.0, 0.1)
+
+    chosen, (note,) = best_way(list(map(str, counts)), least, tried, ChooseStep())
+    assert asked == [4, 8, 16]  # the first has nothing to be behind of
+    assert planned == [2, 4, 16]
+    assert chosen.program.micro_batches == 16
+    assert "8: 1e+09 ms if no device ever waited" in note
+    best = min(c.seconds for c in split(2, 0.0, 0.1))
+    for behind, count in ((1.17, 2), (1.19, 1)):  # what caches may be worth is granted
+        planned.clear()
+        best_way(["2", "16"], lambda _, by=behind: best * by, lambda i: tried(3 * i), ChooseStep())
+        assert len(planned) == count
+
+
+def test_one_worker_with_threads_stands_for_choice_where_everything_is_to_be_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)).double()
+    x, y = torch.randn(12, 6).double(), torch.randint(3, (12,))
+    before = nn.functional.cross_entropy(model(x), y)
+    (wanted,) = torch.autograd.grad(before, [model[0].weight])
+    start = model[0].weight.detach().clone()
+    options: Any = {"micro_batches": "auto", "loss_fn": nn.CrossEntropyLoss(), "profile_seconds": 0.01}
+    options |= {"optimizer": functools.partial(torch.optim.SGD, lr=0.1), "executor": "process"}
+    cluster = Cluster((Device("cpu:0"), Device("cpu:1")))
+    # Whatever is measured: all on one worker, as on a machine where that is fastest.
+    monkeypatch.setattr(ChooseStep, "apply", lambda _, found: min(found, key=lambda c: len(c.plan.cluster.devices)))
+    with compile_training(model, (x,), {}, cluster, threads=2, **options) as pipe:
+        (device,) = pipe.plan.cluster.devices
+        assert (device.threads, device.core, pipe.micro_batches) == (2, None, 1)
+        assert "micro_batches='auto' took 1 in one worker with 2 threads (gpipe" in pipe.plan.notes[-1]
+        assert float(pipe.train_step(x, y)) == pytest.approx(before.item(), rel=1e-12)
+        assert torch.allclose(model[0].weight, start - 0.1 * wanted, rtol=1e-10)
+    for more in ({"schedule": "1f1b"}, {"executor": "inline"}, {"throttle": {"0>1": Link()}}):
+        with compile_training(model, (x,), {}, cluster, threads=2, **options | more) as pipe:
+            assert [device.threads for device in pipe.plan.cluster.devices] == [1, 1]
+            assert "worker" not in pipe.plan.notes[-1]
 
 
 def test_a_pipeline_that_chose_trains_as_plain_pytorch_does() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipecompile.ir.graph import TensorSpec
@@ -83,6 +83,16 @@ class StageCost:
             Op.STEP: self.update,
         }
         return seconds.get(op, 0.0)
+
+    def slowed(self, factor: float) -> StageCost:
+        """The same work, of which each piece takes ``factor`` times as long."""
+        return replace(
+            self,
+            forward=self.forward * factor,
+            backward_input=self.backward_input * factor,
+            backward_weight=self.backward_weight * factor,
+            backward=self.backward * factor,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As JSON data."""

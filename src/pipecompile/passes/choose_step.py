@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from pipecompile.errors import PlanError
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
+from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.training import StageCost, kept_at_once, waiting_at_once
 from pipecompile.schedules.recompute import recomputed
-from pipecompile.simulate.step import simulate_step
+from pipecompile.simulate.step import bubble, simulate_step
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,33 @@ class Candidate:
     @property
     def seconds(self) -> float:
         """Simulated length of one step."""
-        return simulate_step(self.program, self.costs, self.plan.cluster.link, cluster=self.plan.cluster).finishes[0]
+        return self.simulated.finishes[0]
+
+    @property
+    def simulated(self) -> Timeline:
+        """One step on paper."""
+        return simulate_step(self.program, self.costs, self.plan.cluster.link, cluster=self.plan.cluster)
+
+    def slowed(self, longer: Mapping[int, float]) -> Candidate:
+        """With the costs of stages as they are beside others.
+
+        ``longer`` is by what factor the work of a device takes longer while all others are busy; they are
+        so only outside the schedule's bubble.
+        """
+        busy = 1 - bubble(self.simulated)
+        mean = sum(longer.values()) / len(longer)
+        factors = [1 + (longer.get(stage.device, mean) - 1) * busy for stage in self.plan.stages]
+        costs = tuple(cost.slowed(factor) for cost, factor in zip(self.costs, factors, strict=True))
+        alone = self.stage_seconds
+        stages = tuple(replace(stage, alone=took) for stage, took in zip(self.plan.stages, alone, strict=True))
+        return replace(self, plan=replace(self.plan, stages=stages)).costing(costs)
+
+    def costing(self, costs: Sequence[StageCost]) -> Candidate:
+        """With other costs, which its plan then says too."""
+        found = replace(self, costs=tuple(costs))
+        measured = zip(self.plan.stages, found.stage_seconds, strict=True)
+        stages = tuple(replace(stage, measured=seconds) for stage, seconds in measured)
+        return replace(found, plan=replace(self.plan, stages=stages))
 
     @property
     def stage_seconds(self) -> list[float]:
@@ -52,13 +79,17 @@ class ChooseStep:
 
     memory_limit: int | None = None
 
+    def fits(self, candidate: Candidate) -> bool:
+        """Whether it keeps within the limit."""
+        return self.memory_limit is None or candidate.memory <= self.memory_limit
+
     def apply(self, candidates: Sequence[Candidate]) -> Candidate:
         """The choice.
 
         Raises:
             PlanError: if none fits; the message says what each would need.
         """
-        fitting = [c for c in candidates if self.memory_limit is None or c.memory <= self.memory_limit]
+        fitting = [c for c in candidates if self.fits(c)]
         if not fitting:
             needs = ", ".join(f"{c.name} {c.memory:,}" for c in sorted(candidates, key=lambda c: c.memory))
             raise PlanError(

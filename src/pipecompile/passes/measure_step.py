@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,13 +14,13 @@ from torch import fx
 from pipecompile.ir.graph import ModelGraph
 from pipecompile.ir.measure import Job, Measure
 from pipecompile.ir.plan import Plan
-from pipecompile.ir.program import Op, Program
+from pipecompile.ir.program import DeviceProgram, Op, Program
 from pipecompile.ir.training import Gradients, StageCost
 from pipecompile.passes.observe import copies
 from pipecompile.passes.stage_code import IMPORTS, StageWriter, StepEmitter
 
-#: The pieces of a stage as functions that can be called again and again.
-_PIECES = """
+#: What generated stages call, so that they can run again and again without a step around them.
+_AROUND = """
 
 class Sums(dict):
     def add(self, name, gradient):
@@ -39,26 +40,46 @@ class Draw:
 
 
 draw = Draw()
+"""
+
+#: The pieces of stage {s}. Arguments are flat: the model's loss where it is computed here, the state,
+#: what the stage reads, the gradients of its results.
+_PIECES = """
+
+def given_{s}(a):
+    trained = tuple(a[i] for i in {trained})
+    return {loss}, a[{state}], trained, a[{reads}], a[{gradients}]
 
 
-def kept_by_forward(loss, state, reads):
+def kept_{s}(*a):
+    loss, state, _, reads, _ = given_{s}(a)
     return forward_{s}(draw, *loss, state, *reads)
 
 
-def forward(loss, state, trained, reads, gradients):
-    kept_by_forward(loss, state, reads)
+def run_forward_{s}(*a):
+    kept_{s}(*a)
 
 
-def backward(loss, state, trained, reads, gradients):
-    backward_{s}(kept_by_forward(loss, state, reads)[1], trained, sums, *gradients)
+def run_backward_{s}(*a):
+    _, _, trained, _, gradients = given_{s}(a)
+    backward_{s}(kept_{s}(*a)[1], trained, sums, *gradients)
 
 
-def backward_input(loss, state, trained, reads, gradients):
-    return backward_input_{s}(kept_by_forward(loss, state, reads)[1], trained, sums, *gradients)
+def run_backward_input_{s}(*a):
+    _, _, trained, _, gradients = given_{s}(a)
+    return backward_input_{s}(kept_{s}(*a)[1], trained, sums, *gradients)
 
 
-def backward_weight(loss, state, trained, reads, gradients):
-    backward_weight_{s}(backward_input(loss, state, trained, reads, gradients)[1], trained, sums)
+def run_backward_weight_{s}(*a):
+    _, _, trained, _, _ = given_{s}(a)
+    backward_weight_{s}(run_backward_input_{s}(*a)[1], trained, sums)
+"""
+
+#: All a device does for one micro-batch.
+_TURN = """
+
+def turn_{d}(*a):
+    {calls}
 """
 
 
@@ -85,43 +106,79 @@ class MeasureStep:
         gradients: Gradients,
         loss: Callable[[Sequence[Any]], torch.Tensor],
         measure: Measure,
-    ) -> tuple[StageCost, ...]:
-        """Per stage its costs, of the kinds of backward that ``program`` uses.
+    ) -> MeasuredStep:
+        """The stages' costs, of the kinds of backward that ``program`` uses.
 
         ``loss`` is a scalar function of the model's flat results.
         """
+        emit = StepEmitter(graph, module, deferred=self.deferred, autocast=self.autocast)
+        place = {stage: device for device in program.devices for stage in device.stages}
+        writers = [StageWriter(emit, plan, program, gradients, place[s], s, 110) for s in range(len(plan.stages))]
+        texts = [writer.source() for writer in writers]
+        source = "\n\n".join([IMPORTS, *emit.functions.values(), _AROUND, *texts, *map(_pieces, writers)])
+        namespace: dict[str, Any] = {}
+        exec(compile(source, "<measured stages>", "exec"), namespace)
         values: dict[str, Any] = dict(zip(graph.inputs, copies(leaves), strict=True))
         written = {entry.name for entry in graph.state if entry.mutated}
-        jobs: list[Job] = []
-        places: list[tuple[int, str]] = []
+        given: list[list[Any]] = []
         kept: list[tuple[int, int]] = []
-        for stage in plan.stages:
-            s = stage.index
-            device = next(d for d in program.devices if s in d.stages)
-            emit = StepEmitter(graph, module, deferred=self.deferred, autocast=self.autocast)
-            writer = StageWriter(emit, plan, program, gradients, device, s, 110)
-            text = writer.source()
-            source = "\n\n".join([IMPORTS, *emit.functions.values(), text, _PIECES.replace("{s}", str(s))])
-            state = tuple(copies([tensors[n]])[0] if n in written else tensors[n] for n in writer.state)
-            trained = tuple(tensors[n] for n in writer.trained)
-            reads = tuple(values[v] for v in writer.reads)
-            given = (_spread(loss),) if writer.last else ()
-            namespace: dict[str, Any] = {}
-            exec(compile(source, f"<stage {s}>", "exec"), namespace)
+        for s, writer in enumerate(writers):
+            state = [copies([tensors[n]])[0] if n in written else tensors[n] for n in writer.state]
+            reads = [values[v] for v in writer.reads]
+            arguments = [*([_Spread(loss)] if writer.last else []), *state, *reads]
             received = [v for v in reads if isinstance(v, torch.Tensor)]
-            made, nbytes = _saved(partial(namespace["kept_by_forward"], given, state, reads), [*trained, *received])
+            known = [*(tensors[n] for n in writer.trained), *received]
+            made, nbytes = _saved(partial(namespace[f"kept_{s}"], *arguments), known)
             came = sum(v.nbytes for v in received)
             kept.append((nbytes + came, came + sum(state[i].nbytes for i in writer.written)))
             if not writer.last:
                 values.update(zip(writer.makes, [_plain(v) for v in made], strict=True))
-            back = tuple(torch.randn_like(values[v]) for v in writer.arrivals)
-            ops = {step.op for step in device.warm_up if step.stage == s}
-            pieces = ["forward", *(["backward"] if Op.BACKWARD in ops else [])]
-            pieces += ["backward_input", "backward_weight"] if Op.BACKWARD_INPUT in ops else []
-            jobs += [Job(source, piece, (given, state, trained, reads, back)) for piece in pieces]
-            places += [(s, piece) for piece in pieces]
+            given.append(arguments + [torch.randn_like(values[v]) for v in writer.arrivals])
+        pieces = [_timed(place[s], s) for s in range(len(writers))]
+        places = [(s, piece) for s, those in enumerate(pieces) for piece in those]
+        jobs = [Job(source, f"run_{piece}_{s}", given[s]) for s, piece in places]
         times = dict(zip(places, measure.functions(jobs, self.budget), strict=True))
-        return tuple(_cost(times, s, *kept[s]) for s in range(len(plan.stages)))
+        costs = tuple(_cost(times, s, *kept[s]) for s in range(len(writers)))
+        turns = tuple(
+            _turn(source, device.device, [(f"run_{pieces[s][-1]}_{s}", given[s]) for s in device.stages])
+            for device in program.devices
+        )
+        return MeasuredStep(costs, turns)
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """What each stage takes alone, and per device of the program the job of all it does for one micro-batch."""
+
+    costs: tuple[StageCost, ...]
+    turns: tuple[Job, ...]
+
+
+def _pieces(writer: StageWriter) -> str:
+    """The code of one stage's pieces."""
+    ends = [int(writer.last)]
+    for part in (writer.state, writer.reads, writer.arrivals):
+        ends.append(ends[-1] + len(part))
+    state, reads, gradients = (f"{low}:{high}" for low, high in pairwise(ends))
+    trained = [ends[0] + writer.state.index(name) for name in writer.trained]
+    return _PIECES.format(
+        s=writer.stage, loss=f"a[:{ends[0]}]", trained=trained, state=state, reads=reads, gradients=gradients
+    )
+
+
+def _timed(device: DeviceProgram, stage: int) -> list[str]:
+    """The pieces of a stage to time; the last one has all of its work in it."""
+    ops = {step.op for step in device.warm_up if step.stage == stage}
+    pieces = ["forward", *(["backward"] if Op.BACKWARD in ops else [])]
+    return pieces + (["backward_input", "backward_weight"] if Op.BACKWARD_INPUT in ops else [])
+
+
+def _turn(source: str, device: int, work: Sequence[tuple[str, Sequence[Any]]]) -> Job:
+    arguments, calls = list[Any](), list[str]()
+    for function, given in work:
+        calls.append(f"{function}(*a[{len(arguments)}:{len(arguments) + len(given)}])")
+        arguments += given
+    return Job(source + _TURN.format(d=device, calls="\n    ".join(calls)), f"turn_{device}", arguments)
 
 
 def _cost(times: Mapping[tuple[int, str], float], stage: int, kept: int, stash: int) -> StageCost:
@@ -155,15 +212,18 @@ def _saved(run: Callable[[], Any], weights: Sequence[torch.Tensor]) -> tuple[Any
     return made, sum(storage.nbytes() for storage in storages.values())
 
 
-def _spread(loss: Callable[[Sequence[Any]], torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def loss_of(*outputs: Any) -> torch.Tensor:
-        return loss(outputs)
+@dataclass(frozen=True)
+class _Spread:
+    """The loss as stages call it."""
 
-    return loss_of
+    loss: Callable[[Sequence[Any]], torch.Tensor]
+
+    def __call__(self, *outputs: Any) -> torch.Tensor:
+        return self.loss(outputs)
 
 
 def _plain(value: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
-__all__ = ["MeasureStep"]
+__all__ = ["MeasureStep", "MeasuredStep"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pipecompile.errors import InputError
+from pipecompile.errors import InputError, PipecompileError
 from pipecompile.ir.cluster import Cluster
 from pipecompile.ir.graph import TensorSpec
 from pipecompile.ir.measure import Measure
@@ -18,11 +18,11 @@ from pipecompile.ir.package import DeviceModule, Package
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.profile import Profile
 from pipecompile.ir.program import Program
-from pipecompile.ir.training import Gradients, StageCost
+from pipecompile.ir.training import Gradients
 from pipecompile.ir.tree import Tree, unflatten
 from pipecompile.passes.choose_step import Candidate
 from pipecompile.passes.lower_step import LowerStep, owners, weight_users
-from pipecompile.passes.measure_step import MeasureStep
+from pipecompile.passes.measure_step import MeasuredStep, MeasureStep
 from pipecompile.passes.plan_step import PlanStep, step_schedule
 from pipecompile.passes.recompute import Recompute
 from pipecompile.passes.trace import Traced
@@ -57,7 +57,7 @@ class StepPlanner:
     copies: float = 2.0
     colocate: Sequence[Sequence[str]] = ()
     update: Callable[[int, int, Sequence[str]], float] | None = None
-    _costs: dict[Any, tuple[StageCost, ...]] = field(default_factory=dict[Any, tuple[StageCost, ...]])
+    _measured: dict[Any, MeasuredStep] = field(default_factory=dict[Any, MeasuredStep])
 
     def candidate(self, name: str, profile: Profile) -> Candidate:
         """Cut, measure the stages, and cut again once if the slowest was predicted badly."""
@@ -72,31 +72,66 @@ class StepPlanner:
         again = self._attempt(name, profile.scaled(factors))
         return min(first, again, key=lambda c: c.seconds if self.update is None else max(c.stage_seconds))
 
+    def work(self, profile: Profile) -> float:
+        """Seconds of all passes of a whole batch, updates not counted, where one device does everything."""
+        alone = replace(self, cluster=replace(self.cluster, devices=self.cluster.devices[:1]), recompute=Recompute())
+        return alone.candidate("gpipe", profile).stage_seconds[0] * self.micro_batches
+
+    def beside(self, found: Sequence[Candidate], budget: float) -> list[Candidate]:
+        """The candidates with the costs of their stages as they are while the other devices compute.
+
+        Stages were timed alone. How much longer all that a device does for a micro-batch takes while the
+        others do theirs is measured once, for about ``budget`` seconds a device, with the plan of the fastest.
+        """
+        fastest = min(found, key=lambda candidate: candidate.seconds)
+        devices = fastest.plan.cluster.devices
+        if len(devices) == 1:
+            return list(found)
+        turns = self._measured[_key(fastest.name, fastest.plan)].turns
+        cores = [devices[device.device].core for device in fastest.program.devices]
+        try:
+            factors = self.measure.slowdowns(turns, cores, budget)
+        except PipecompileError as error:
+            note = f"stages were timed alone only, not side by side: {error}"
+            return [replace(c, plan=replace(c.plan, notes=(*c.plan.notes, note))) for c in found]
+        longer = {device.device: factor for device, factor in zip(fastest.program.devices, factors, strict=True)}
+        return [candidate.slowed(longer) for candidate in found]
+
+    def with_updates(self, found: Candidate, seconds: Callable[[tuple[str, ...]], float]) -> Candidate:
+        """The candidate with what the update of each stage's own weights takes."""
+        owned = owners(weight_users(self.traced.graph, found.plan, self.gradients.weights))
+        updates = [seconds(tuple(owned.get(s, ()))) for s in range(len(found.costs))]
+        return found.costing([replace(cost, update=t) for cost, t in zip(found.costs, updates, strict=True)])
+
     def _attempt(self, name: str, profile: Profile) -> Candidate:
         graph = self.traced.graph
         planner = PlanStep(name, self.time_limit, self.micro_batches, self.copies, self.colocate)
         plan = planner.apply(graph, profile, self.cluster)
         order = planner.program(plan, self.micro_batches)
         program = VerifyStep().apply(self.lower.apply(graph, plan, order, self.gradients))
-        key = (tuple(stage.layers for stage in plan.stages), step_schedule(name).splits)
-        if key not in self._costs:
-            self._costs[key] = self.measure_step.apply(
+        if (key := _key(name, plan)) not in self._measured:
+            measured = self.measure_step.apply(
                 graph, self.traced.module, self.traced.tensors, self.leaves, plan, program, self.gradients, self.loss,
                 self.measure,
             )  # fmt: skip
             if self.update is not None:
                 owned, stages = owners(weight_users(graph, plan, self.gradients.weights)), len(plan.stages)
-                self._costs[key] = tuple(
+                costs = tuple(
                     replace(cost, update=self.update(stage, stages, owned.get(stage, ())))
-                    for stage, cost in enumerate(self._costs[key])
+                    for stage, cost in enumerate(measured.costs)
                 )
-        costs = self._costs[key]
+                measured = replace(measured, costs=costs)
+            self._measured[key] = measured
+        costs = self._measured[key].costs
         again = self.recompute.apply(order, costs, None if self.lower.to_caller else len(plan.stages) - 1)
         if again is not order:
             program = VerifyStep().apply(self.lower.apply(graph, plan, again, self.gradients))
-        found = Candidate(name, plan, program, costs)
-        stages = tuple(replace(s, measured=t) for s, t in zip(plan.stages, found.stage_seconds, strict=True))
-        return replace(found, plan=replace(plan, stages=stages))
+        return Candidate(name, plan, program, costs).costing(costs)
+
+
+def _key(name: str, plan: Plan) -> Any:
+    """What plans have in common for which one measurement of the stages holds."""
+    return tuple(stage.layers for stage in plan.stages), step_schedule(name).splits
 
 
 @dataclass(frozen=True)

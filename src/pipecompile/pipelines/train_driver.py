@@ -6,14 +6,16 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from pipecompile.eager import eager_models
 from pipecompile.errors import InputError, PipecompileWarning, PlanError
-from pipecompile.ir.cluster import Cluster, Link
+from pipecompile.ir.cluster import Cluster, Device, Link
+from pipecompile.ir.profile import Profile
 from pipecompile.ir.training import StepPackage
 from pipecompile.ir.tree import Tree, flatten, unflatten
 from pipecompile.options import Progress, silent
@@ -21,7 +23,7 @@ from pipecompile.passes.choose_step import Candidate, ChooseStep
 from pipecompile.passes.codegen_step import CodegenStep
 from pipecompile.passes.lower_step import LowerStep, owners, weight_users
 from pipecompile.passes.measure_step import MeasureStep
-from pipecompile.passes.part_counts import best_count, part_counts
+from pipecompile.passes.part_counts import best_way, part_counts
 from pipecompile.passes.plan_step import training_profile
 from pipecompile.passes.profile import ProfileLayers
 from pipecompile.passes.recompute import Recompute
@@ -32,6 +34,7 @@ from pipecompile.pipelines.step_planner import ExampleLoss, StepPlanner, package
 from pipecompile.pipelines.training import TrainingPipeline
 from pipecompile.runtime.batches import Reduction, batched_inputs, option, split_inputs, split_targets
 from pipecompile.runtime.measure import CpuMeasure
+from pipecompile.runtime.numerics import stage_mode
 from pipecompile.runtime.update import OptimizerFactory, copies_kept
 from pipecompile.schedules.recompute import RecomputeName
 from pipecompile.schedules.training import STEP_SCHEDULES, ScheduleName
@@ -64,12 +67,16 @@ def compile_training(
     executor: ExecutorName = "process",
     hang_seconds: float | None = None,
     throttle: Mapping[str, Link] | None = None,
+    threads: int = 1,
     imports: Sequence[str] = (),
     time_limit: float = 10.0,
     profile_seconds: float = 2.0,
     progress: Progress | None = None,
 ) -> TrainingPipeline:
-    """See :func:`pipecompile.compile`; ``args`` and ``kwargs`` are one whole batch."""
+    """See :func:`pipecompile.compile`; ``args`` and ``kwargs`` are one whole batch.
+
+    Where everything is to be chosen, one worker with ``threads`` threads and the batch whole stands for choice too.
+    """
     tell = progress or silent
     drop_in = loss_fn is None
     names = _schedules(schedule, drop_in, optimizer, clip_norm, check_finite or keep_gradients)
@@ -90,13 +97,21 @@ def compile_training(
     counts = part_counts(batch, len(cluster.devices)) if micro_batches == "auto" else [micro_batches]
     if not all(1 <= count <= batch for count in counts):
         raise InputError(f"micro_batches={micro_batches}: a batch of {batch} samples has 1 to {batch} micro-batches")
-    half, measure, choose = _autocast(autocast), CpuMeasure(), ChooseStep(memory_limit)
+    ways = [_Way(cluster, count) for count in counts]
+    if "auto" == schedule == micro_batches and threads > 1 and executor == "process" and not throttle:
+        memory = min((d.memory for d in cluster.devices if d.memory is not None), default=None)
+        whole = Cluster((Device("cpu", threads=threads, memory=memory),), cluster.link)
+        ways = [_Way(whole, count) for count in ([1] if memory_limit is None else [1, *counts])] + ways
+    half, choose = _autocast(autocast), ChooseStep(memory_limit)
     dtype = None if autocast is None else str(autocast).removeprefix("torch.")
-    planners: dict[int, StepPlanner] = {}
+    planners: dict[tuple[int, int], StepPlanner] = {}
 
-    def tried(count: int, at: float) -> list[Candidate]:
-        """The candidates of one number of micro-batches."""
-        part = 1 / len(counts)
+    @cache
+    def planned(index: int) -> tuple[StepPlanner, Profile, Callable[[tuple[str, ...]], float]]:
+        """What plans for one number of micro-batches on one choice of devices, its profile, seconds of updates."""
+        way, part, at = ways[index], 1 / len(ways), 0.9 * index / len(ways)
+        count, width = way.micro_batches, way.cluster.devices[0].threads
+        measure = CpuMeasure(threads=width, imports=imports)
         first = split_inputs(leaves, batched, count)[0]
         part_args, part_kwargs = unflatten(tree, first)
         dynamic = _batch_dims(tree, batched) if batch % count else None
@@ -106,16 +121,14 @@ def compile_training(
         tell("profile", at + 0.3 * part)
         with half:
             measured = ProfileLayers(profile_seconds).apply(traced.graph, traced.module, traced.tensors, first, measure)
-        profile = training_profile(traced.graph, measured, gradients, again=recompute == "stage")
-        tell("partition", at + 0.6 * part)
         loss = ExampleLoss(loss_fn, traced.graph.out_tree, _part(example_targets, batch, count), autocast is not None)
-        planner = planners[count] = StepPlanner(
+        planners[count, width] = planner = StepPlanner(
             traced,
             gradients,
             first,
             loss,
             measure,
-            replace(cluster, link=measured.link),
+            replace(way.cluster, link=measured.link),
             count,
             LowerStep(1 if ahead is None else ahead, drop_in, early=clip_norm is None and not check_finite),
             Recompute(recompute, memory_limit),
@@ -123,13 +136,33 @@ def compile_training(
             time_limit,
             copies,
         )
-        few = len(traced.graph.layers)
-        fitting = [name for name in names if schedule != "auto" or STEP_SCHEDULES[name].chunks <= few]
-        return [planner.candidate(name, profile) for name in fitting]
 
-    chosen, notes = best_count(counts, lambda i: tried(counts[i], 0.9 * i / len(counts)), choose)
-    planner, plan, program = planners[chosen.program.micro_batches], chosen.plan, chosen.program
-    if len(plan.cluster.devices) < len(cluster.devices):
+        @cache
+        def update(weights: tuple[str, ...]) -> float:
+            with stage_mode(width):
+                return update_seconds(optimizer, traced, weights)
+
+        tell("partition", at + 0.6 * part)
+        return planner, training_profile(traced.graph, measured, gradients, again=recompute == "stage"), update
+
+    def least(index: int) -> float:
+        """What no schedule of a way can be far below."""
+        planner, profile, _ = planned(index)
+        return planner.work(profile) / len(planner.cluster.devices)
+
+    def tried(index: int) -> list[Candidate]:
+        """The candidates of a way."""
+        planner, profile, update = planned(index)
+        few, alone = len(planner.traced.graph.layers), len(planner.cluster.devices) == 1 and schedule == "auto"
+        fitting = [name for name in names if schedule != "auto" or STEP_SCHEDULES[name].chunks <= few]
+        each = [planner.candidate(name, profile) for name in (["gpipe"] if alone else fitting)]
+        found = [planner.with_updates(candidate, update) for candidate in each]
+        return found if executor == "inline" else planner.beside(found, profile_seconds / 8)
+
+    chosen, notes = best_way([way.name for way in ways], least, tried, choose)
+    plan, program = chosen.plan, chosen.program
+    planner = planners[program.micro_batches, plan.cluster.devices[0].threads]
+    if len(plan.cluster.devices) < len(planner.cluster.devices):
         warnings.warn("; ".join(plan.notes), PipecompileWarning, stacklevel=3)
     plan = replace(plan, notes=(*plan.notes, *notes))
     traced, gradients, first, graph = planner.traced, planner.gradients, planner.leaves, planner.traced.graph
@@ -157,11 +190,20 @@ def compile_training(
         throttle=throttle,
         groups=groups,
         full_loss=autocast is not None,
-        costs=tuple(
-            replace(cost, update=update_seconds(optimizer, traced, owned.get(stage, ())))
-            for stage, cost in enumerate(chosen.costs)
-        ),
+        costs=chosen.costs,
     )
+
+
+class _Way(NamedTuple):
+    """The devices, and the number of micro-batches."""
+
+    cluster: Cluster
+    micro_batches: int
+
+    @property
+    def name(self) -> str:
+        threads = self.cluster.devices[0].threads
+        return f"{self.micro_batches}" if threads == 1 else f"{self.micro_batches} in one worker with {threads} threads"
 
 
 def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:

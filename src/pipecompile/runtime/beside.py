@@ -28,7 +28,7 @@ from pipecompile.runtime.trial import apart
 from pipecompile.runtime.untouched import Untouched
 
 #: Turns alone and together; runs of the slowest job that a window has room for; of each job at least.
-TURNS, ROOM, FEWEST = 4, 6, 3
+TURNS, ROOM, FEWEST = 4, 4, 3
 
 #: Seconds a worker may take to start, or to answer beyond the end of a window.
 _PATIENCE = 60.0
@@ -152,7 +152,10 @@ class _Worker:
                 self._commands.close()
                 raise
         try:
-            pickled.send(self._commands, boot)
+            try:
+                pickled.send(self._commands, boot)
+            except Exception as error:  # pickling runs user code
+                raise PipelineError(f"a stage cannot be sent to a worker: {type(error).__name__}: {error}") from error
             answer = self._hear()
             if answer != ("ready",):
                 raise PipelineError(f"a stage could not be run in a worker: {answer}")

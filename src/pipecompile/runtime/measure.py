@@ -50,7 +50,8 @@ while count > 0:
 class CpuMeasure:
     """Implements :class:`pipecompile.ir.measure.Measure` in the caller's process, on one core.
 
-    ``core`` is the one to measure on; by default the last this process may use. ``imports`` are modules that
+    ``core`` is the one to measure on; by default the last this process may use. With several ``threads``
+    it is all that this process may use. ``imports`` are modules that
     workers need.
     """
 
@@ -136,7 +137,7 @@ class CpuMeasure:
 
     @contextlib.contextmanager
     def _quiet(self) -> Generator[None]:
-        """One core, few threads, no collections."""
+        """One core (or a thread on each of several), no collections."""
         collecting = gc.isenabled()
         with stage_mode(self._threads), self._pinned(), keeping():
             gc.disable()
@@ -148,7 +149,7 @@ class CpuMeasure:
 
     @contextlib.contextmanager
     def _pinned(self) -> Generator[None]:
-        if not hasattr(os, "sched_getaffinity"):
+        if not hasattr(os, "sched_getaffinity") or self._threads > 1:
             yield
             return
         before = os.sched_getaffinity(0)
