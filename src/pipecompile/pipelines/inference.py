@@ -215,16 +215,12 @@ class InferencePipeline(Pipeline):
             InputError: if the file cannot be written.
         """
         from pipecompile.report.html import html
+        from pipecompile.report.page import write_page
 
         measured = None if self._engine.session is None else self.timeline()
         if measured is not None and not measured.finishes:
             measured = None
-        target = Path(path)
-        try:
-            target.write_text(html(self._package, self.simulate(), measured), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"cannot write {target}: {error.strerror or error}") from error
-        return target
+        return write_page(path, html(self._package, self.simulate(), measured))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the pipeline to a folder that :func:`pipecompile.load` reads without the model's source.

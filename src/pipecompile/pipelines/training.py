@@ -29,6 +29,7 @@ from pipecompile.runtime.criterion import Criterion
 from pipecompile.runtime.inline_step import InlineTrainer, Trainer
 from pipecompile.runtime.not_finite import origin
 from pipecompile.runtime.process_step import ProcessTrainer
+from pipecompile.runtime.step_spans import step_timeline
 from pipecompile.runtime.training import Training
 from pipecompile.runtime.update import OptimizerFactory, settings_of
 from pipecompile.simulate.step import simulate_step
@@ -177,6 +178,31 @@ class TrainingPipeline(LearnsInPlace):
     def simulate(self) -> Timeline:
         """What one step is predicted to look like, from the measured costs of the stages."""
         return simulate_step(self.program, self._costs, self.plan.cluster.link, cluster=self.plan.cluster)
+
+    def timeline(self) -> Timeline:
+        """What the devices did in the latest step, as measured; waits and messages only where they are processes.
+
+        Raises:
+            PipelineClosed: if no step has run, or the workers that know have ended.
+        """
+        if self._trainer is None or self._trainer.closed:
+            raise PipelineClosed("no step has run in workers that still live: there is no timeline; ask before close()")
+        return step_timeline(self.program, self._trainer.spans())
+
+    def report(self, path: str | os.PathLike[str]) -> Path:
+        """Write a self-contained HTML page: the latest step beside the predicted one, stages, transfers, notes.
+
+        Before the first step, and after ``close()``, it shows the prediction alone.
+
+        Raises:
+            InputError: if the file cannot be written.
+        """
+        from pipecompile.report.page import write_page
+        from pipecompile.report.step_html import step_html
+
+        live = self._trainer is not None and not self._trainer.closed
+        page = step_html(self.package, self.simulate(), self.costs, self.timeline() if live else None)
+        return write_page(path, page)
 
     def optimizer_state_dict(self) -> dict[str, Any]:
         """A copy of the optimizers' state as that of one plain torch optimizer over ``model.parameters()``.

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from pipecompile._version import __version__
 from pipecompile.ir.package import Package
 from pipecompile.ir.timeline import Timeline
-from pipecompile.report import units
 from pipecompile.report.gantt import gantt, window
-from pipecompile.report.summary import Cost, Summary, spans, summarise
+from pipecompile.report.page import render
+from pipecompile.report.summary import Cost, Summary, summarise
 
 
 @dataclass(frozen=True)
@@ -37,22 +34,14 @@ def html(package: Package, predicted: Timeline, measured: Timeline | None = None
         for timeline, (begin, _) in zip((t for t in (predicted, measured) if t is not None), places, strict=True)
         if span
     ]
-    environment = Environment(
-        loader=PackageLoader("pipecompile.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(time=units.time, nbytes=units.nbytes, share=units.share, spans=spans)
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "report.html.j2",
         summary=summary,
         charts=charts,
         loads=load_bars(summary),
         longest=max((bar.cost.period for bar in load_bars(summary)), default=0.0),
         program=package.program,
         inputs=list(zip(package.input_names, package.inputs, strict=True)),
-        version=__version__,
     )
 
 

@@ -20,6 +20,7 @@ from pipecompile.runtime.host_step import HostPorts
 from pipecompile.runtime.numerics import stage_mode
 from pipecompile.runtime.step import StepLink
 from pipecompile.runtime.step_run import Outcome, StepRun, failure, written_by
+from pipecompile.runtime.step_spans import DeviceSpans
 from pipecompile.runtime.training import Training
 from pipecompile.runtime.update import DeviceUpdates, Handover, LocalBoard
 
@@ -57,6 +58,10 @@ class Trainer(Protocol):
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Gradients of the last update by placeholder name, where they are kept."""
+        ...
+
+    def spans(self) -> list[DeviceSpans]:
+        """What each device did in the latest step."""
         ...
 
     def optimizer_state(self) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
@@ -105,7 +110,7 @@ class InlineTrainer:
             link = StepLink(weights, ports, updates, training.seed, written_by(package, module))
             link.criterion = self._criterion
             run = StepRun(module, link, ports, step.micro_batches)
-            self._devices.append(_Device(link, updates, run))
+            self._devices.append(_Device(module.device, link, updates, run))
 
     def step(self, request: StepRequest) -> list[torch.Tensor]:
         """See :class:`Trainer`."""
@@ -189,6 +194,10 @@ class InlineTrainer:
         """See :class:`Trainer`."""
         return {name: g for device in self._devices for name, g in device.updates.latest.items()}
 
+    def spans(self) -> list[DeviceSpans]:
+        """See :class:`Trainer`."""
+        return [DeviceSpans(device.number, list(device.link.spans.spans)) for device in self._devices]
+
     @property
     def _optimizers(self) -> list[DeviceUpdates]:
         return [device.updates for device in self._devices if isinstance(device.updates, DeviceUpdates)]
@@ -220,8 +229,8 @@ class InlineTrainer:
 class _Device:
     """One device: its run and, while a step goes on, its generator and the port that waits for."""
 
-    def __init__(self, link: StepLink, updates: DeviceUpdates | Handover, run: StepRun) -> None:
-        self.link, self.updates, self._run = link, updates, run
+    def __init__(self, number: int, link: StepLink, updates: DeviceUpdates | Handover, run: StepRun) -> None:
+        self.number, self.link, self.updates, self._run = number, link, updates, run
         self.port: Any = None
         self.outcome = Outcome()
         self._steps: Any = None

@@ -28,6 +28,7 @@ from pipecompile.runtime.second_look import SecondLook
 from pipecompile.runtime.step_crew import Crew, Worker, standstill
 from pipecompile.runtime.step_device import Boot
 from pipecompile.runtime.step_run import Outcome, failure, written_by
+from pipecompile.runtime.step_spans import DeviceSpans
 from pipecompile.runtime.training import Training
 
 _START_SECONDS = 60.0
@@ -273,6 +274,14 @@ class ProcessTrainer:
     def gradients(self) -> dict[str, torch.Tensor]:
         """See ``Trainer``."""
         return {name: g for answer in self._ask("gradients") for name, g in pickled.unpacked(answer).items()}
+
+    def spans(self) -> list[DeviceSpans]:
+        """See ``Trainer``."""
+        answers = zip(self._crew.workers, self._ask("spans"), strict=True)
+        return [
+            DeviceSpans(worker.module.device, spans, waits, worker.ports, end)
+            for worker, (spans, waits, end) in answers
+        ]
 
     def optimizer_state(self) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
         """See ``Trainer``."""

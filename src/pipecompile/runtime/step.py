@@ -13,8 +13,10 @@ import torch
 
 from pipecompile.errors import StepError
 from pipecompile.ir.link import Port
+from pipecompile.ir.program import Op
 from pipecompile.runtime.batch_norm import BatchStatistics
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender
+from pipecompile.runtime.step_spans import Spans
 
 _STAGE = re.compile(r"(?:stage|forward|record|again|backward|backward_input|backward_weight)_(\d+)")
 _MASK = (1 << 64) - 1
@@ -149,12 +151,14 @@ class StepLink:
         self.number = 0
         self.losses: list[torch.Tensor] = []
         self.criterion: Callable[[int, Sequence[Any]], torch.Tensor] | None = None
+        self.spans = Spans()
 
     def begin(self) -> None:
         """Note buffers and sums as they are before a step."""
         self._before = [buffer.clone() for buffer in self._written], self.sums.held()
         self.losses = []
         self._statistics.clear()
+        self.spans.clear()
 
     def roll_back(self) -> None:
         """Put back what :meth:`begin` noted."""
@@ -213,7 +217,7 @@ class StepLink:
 
     def update(self, stage: int) -> None:
         """See :class:`Updates`."""
-        self._updates.update(stage, self.sums)
+        self.spans.timed(Op.STEP, stage, self._updates.update)(stage, self.sums)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ class StepDevice:
         self._link = StepLink(tensors, ports, self._updates, boot.training.seed, boot.written)
         self._criterion = boot.training.criterion(boot.out_tree)
         self._link.criterion = self._criterion
+        self._begun = self._ended = 0.0
         self._run = StepRun(boot.module, self._link, ports, boot.micro_batches)
         for fd in (*boot.arenas, boot.records, *(fds[0] for fds in boot.fds.values())):
             os.close(fd)
@@ -98,7 +99,7 @@ class StepDevice:
     def _do_step(
         self, done: int, number: int, update: bool, clip: float | None, targets: Any, weights: list[float]
     ) -> Outcome:
-        self._link.number = number
+        self._link.number, self._begun = number, clock()
         if isinstance(self._updates, DeviceUpdates):
             self._updates.begin(update, clip)
         else:
@@ -107,6 +108,7 @@ class StepDevice:
             self._criterion.targets = pickled.unpacked(targets)
             self._criterion.weights = weights
         outcome = self._drive(self._run.run(done))
+        self._ended = clock()
         losses = [(x.item(), str(x.dtype).removeprefix("torch.")) for x in outcome.losses]
         return replace(outcome, losses=losses, given=tuple(self._updates.latest) if self._handed_over else ())
 
@@ -144,6 +146,10 @@ class StepDevice:
                 port = resume(value)
         except StopIteration as end:
             return end.value
+
+    def _do_spans(self) -> Any:
+        waits = [wait for wait in self._records.all() if wait.begin >= self._begun]
+        return list(self._link.spans.spans), waits, self._ended
 
     def _do_gradients(self) -> Any:
         return pickled.packed(self._updates.latest)

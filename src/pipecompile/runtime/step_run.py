@@ -54,7 +54,9 @@ class StepRun:
         self, module: DeviceModule, link: StepLink, ports: Sequence[RingReceiver | RingSender], micro_batches: int
     ) -> None:
         self._module, self._link, self._ports, self._count = module, link, ports, micro_batches
-        self._step = execute(module.source, module.filename)["step"]
+        namespace = execute(module.source, module.filename)
+        link.spans.watch(namespace)
+        self._step = namespace["step"]
         self.failed = False
 
     def run(self, done: int) -> Generator[Port, Any, Outcome]:
