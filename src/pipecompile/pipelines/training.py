@@ -24,7 +24,7 @@ from pipecompile.pipelines.facade import LearnsInPlace
 from pipecompile.pipelines.model_weights import ModelWeights
 from pipecompile.pipelines.param_groups import ModelGroups
 from pipecompile.pipelines.train_artefact import SavedTraining
-from pipecompile.runtime.batches import Reduction, loss_weights, split_inputs, split_targets
+from pipecompile.runtime.batches import Reduction, loss_weights, parts_of, split_inputs, split_targets
 from pipecompile.runtime.criterion import Criterion
 from pipecompile.runtime.inline_step import InlineTrainer, Trainer
 from pipecompile.runtime.not_finite import origin
@@ -348,23 +348,20 @@ class TrainingPipeline(LearnsInPlace):
 
     def _split(self, leaves: list[Any]) -> list[list[Any]]:
         """Flat inputs per micro-batch, each checked as a call of what was compiled."""
-        package, parts = self._step.package, self.micro_batches
+        step, package, parts = self._step, self._step.package, self.micro_batches
         wanted = [spec.shape[0] if cut else None for spec, cut in zip(package.inputs, self._step.batched, strict=True)]
         sizes = {leaf.shape[0] for leaf, size in zip(leaves, wanted, strict=True) if size is not None and leaf.dim()}
         if len(sizes) != 1:
             raise InputError(f"the inputs have batches of {sorted(sizes)} samples: all must have as many")
         (batch,) = sizes
-        fixed = next(size for size in wanted if size is not None)
-        if not package.symbols and batch != fixed * parts:
+        if step.smaller:
+            parts = parts_of(batch, step.batch, parts, step.sizes)
+        elif batch != step.batch:
             raise InputError(
-                f"a batch of {batch} samples, compiled for {fixed * parts}: {parts} micro-batches of {fixed}. Pass "
-                "that many, or compile with an example batch that micro_batches does not divide: then sizes may differ"
+                f"a batch of {batch} samples, compiled for {step.batch}: {parts} micro-batches of {step.sizes[1]}. "
+                "Pass that many, or compile with dynamic_batch=True: then batches may be smaller"
             )
-        if batch < parts:
-            raise InputError(
-                f"a batch of {batch} samples cannot be split into {parts} micro-batches: compile for fewer"
-            )
-        rows = split_inputs(leaves, self._step.batched, parts)
+        rows = split_inputs(leaves, step.batched, parts)
         for row in rows:
             self._arguments.check(row)
         return rows

@@ -98,7 +98,7 @@ class StepDevice:
     def _do_step(
         self, done: int, number: int, update: bool, clip: float | None, targets: Any, weights: list[float]
     ) -> Outcome:
-        self._link.number = number
+        self._link.number, self._link.parts = number, len(weights)
         if isinstance(self._updates, DeviceUpdates):
             self._updates.begin(update, clip)
         else:
