@@ -87,6 +87,8 @@ def test_what_travels_is_half_and_weights_and_losses_are_not() -> None:
     assert {g.dtype for g in gradients.values()} == {torch.float32}
     with pytest.raises(InputError, match=r"autocast=torch\.float16: only torch\.bfloat16"):
         compiled(job, 2, "1f1b", SGD, autocast=torch.float16)
+    with pytest.raises(InputError, match=r"autocast='bf16' is no dtype of torch: write autocast=torch\.bfloat16"):
+        compiled(job, 2, "1f1b", SGD, autocast="bf16")
 
 
 def test_autocast_in_a_graph_of_the_caller() -> None:

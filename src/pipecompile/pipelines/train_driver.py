@@ -219,6 +219,8 @@ def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     Raises:
         InputError: for a dtype whose gradients need more than that.
     """
+    if dtype is not None and not isinstance(dtype, torch.dtype):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"autocast={dtype!r} is no dtype of torch: write autocast=torch.bfloat16")
     if dtype not in (None, torch.bfloat16):
         raise InputError(
             f"autocast={dtype!r}: only torch.bfloat16 is possible; gradients in float16 vanish unless the loss is "
