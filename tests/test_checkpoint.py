@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -202,3 +204,43 @@ def test_the_state_of_another_optimizer_changes_nothing(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"another kind of optimizer: it has dampening, .* and no amsgrad, betas"):
             pipe.load_checkpoint(path)
         assert all(torch.equal(value, before[name]) for name, value in pipe.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "optimizer", [SGD, ADAMW, partial(torch.optim.Adafactor, lr=0.01)], ids=["sgd", "adamw", "factored"]
+)
+def test_a_state_of_other_shapes_is_refused_before_anything_changes(tmp_path: Path, optimizer: Any) -> None:
+    job, path = TRAINING["mlp"].make(), tmp_path / "c.safetensors"
+    with compiled(job, 2, "gpipe", optimizer) as pipe:
+        pipe.train_step(job.inputs, job.targets)
+        good = pipe.optimizer_state_dict()
+        pipe.load_optimizer_state_dict(good)
+        bad = copy.deepcopy(good)
+        names = [name for name, _ in job.model.named_parameters()]
+        i = next(i for i, name in enumerate(names) if name.endswith("weight"))
+        key = next(key for key, value in bad["state"][i].items() if value.dim())
+        shape = tuple(job.model.get_parameter(names[i]).shape)
+        bad["state"][i][key] = bad["state"][i][key].transpose(0, 1).contiguous()
+        there = tuple(bad["state"][i][key].shape)
+        words = re.escape(
+            f"is of another model: {key!r} of weight {names[i]!r} has shape {there} there; this weight has"
+        )
+        with pytest.raises(InputError, match=f"the optimizer state {words} shape {re.escape(str(shape))}"):
+            pipe.load_optimizer_state_dict(bad)
+        weights = {name: torch.ones_like(value) for name, value in pipe.state_dict().items()}
+        Checkpoint(weights, bad, 7).save(path)
+        with pytest.raises(InputError, match=re.escape(str(path)) + " " + words):
+            pipe.load_checkpoint(path)
+        found = pipe.optimizer_state_dict()["state"]
+        assert all(torch.equal(v, found[i][k]) for i, state in good["state"].items() for k, v in state.items())
+        assert not any(torch.equal(value, weights[name]) for name, value in pipe.state_dict().items())
+        assert pipe.training_state_dict()["steps"] == 1
+    own = TRAINING["mlp"].make()
+    with dropped_in(own, 2, "gpipe") as pipe:
+        update = optimizer(list(pipe.parameters()))
+        with pytest.raises(InputError, match=re.escape(str(path)) + " " + words):
+            pipe.load_checkpoint(path, optimizer=update)
+        assert not update.state
+        Checkpoint(weights, good, 7).save(path)
+        pipe.load_checkpoint(path, optimizer=update)
+        assert len(update.state) == len(good["state"])

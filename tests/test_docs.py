@@ -12,10 +12,13 @@ import re
 import shlex
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import pipecompile
 from commands import in_process
@@ -23,6 +26,8 @@ from media import write_video
 from pages import DOCS, ROOT, Block, blocks, commands
 from pipecompile import driver
 from pipecompile.pipelines.infer_driver import compile_inference
+from pipecompile.pipelines.learn_driver import compile_learning
+from pipecompile.pipelines.train_driver import compile_training
 
 PAGES = [
     DOCS / "tutorial.md",
@@ -73,6 +78,65 @@ def test_page_runs(
             if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in str(sys.modules[name].__file__):
                 del sys.modules[name]
     assert ran, f"{page.name} has nothing to run"
+
+
+class Net(nn.Module):
+    """What the pages on modes and on the planner call ``model``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 8)
+        self.encoder = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)))
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.encoder(self.embed(x))))
+
+
+def given(page: str, text: str) -> dict[str, Any]:
+    """The names that a block takes from its reader: a model, data, a loss, a pipeline that trains."""
+    model, criterion, batch = Net(), nn.CrossEntropyLoss(), 1 if page == "learning" else 8
+    pairs = [(torch.randn(batch, 8), torch.arange(batch) % 4) for _ in range(3)]
+    names = {
+        "__name__": "page", "pipecompile": pipecompile, "torch": torch, "model": model, "x": pairs[0][0],
+        "loader": pairs, "samples": pairs, "inputs": pairs[0][0], "targets": pairs[0][1],
+        "criterion": criterion, "loss_fn": criterion,
+    }  # fmt: skip
+    if "pipe." in text and "pipe =" not in text:
+        names["pipe"] = pipecompile.compile(
+            model, pairs[0][0], mode="train", loss_fn=criterion, optimizer=partial(torch.optim.SGD, lr=0.1),
+            schedule="gpipe",
+        )  # fmt: skip
+    return names
+
+
+@pytest.mark.parametrize(
+    "page", [DOCS / f"{name}.md" for name in ("training", "learning", "planner")], ids=lambda p: p.stem
+)
+def test_blocks_of_a_page_of_reference_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by itself: they take names from their reader. What is trained has changed afterwards."""
+    monkeypatch.chdir(tmp_path)
+    for compiler, seconds in ((compile_inference, 0.1), (compile_training, 0.02), (compile_learning, 0.02)):
+        monkeypatch.setitem(compiler.__kwdefaults__, "profile_seconds", seconds)
+        monkeypatch.setitem(compiler.__kwdefaults__, "executor", "inline")
+    ran = 0
+    for block in blocks(page):
+        if block.language == "python":
+            names = given(page.stem, block.text)
+            before = {name: value.clone() for name, value in names["model"].state_dict().items()}
+            run_python(block, page, names)
+            pipe = names.get("pipe")
+            if isinstance(pipe, nn.Module) and not isinstance(pipe, pipecompile.InferencePipeline):
+                after = names["model"].state_dict()
+                assert not any(torch.equal(after[name], value) for name, value in before.items()), "nothing was trained"
+            if pipe is not None:
+                pipe.close()
+            ran += 1
+        elif block.language == "yaml":
+            (tmp_path / "cluster.yaml").write_text(block.text)
+            assert pipecompile.Cluster.load("cluster.yaml").devices
+            ran += 1
+    assert ran
 
 
 def run_python(block: Block, page: Path, names: dict[str, Any]) -> str:

@@ -69,11 +69,7 @@ def test_a_batch_of_one_and_one_smaller_than_the_micro_batches() -> None:
     with pytest.raises(InputError, match="micro_batches=2: a batch of 1 samples has 1 to 1 micro-batches"):
         compiled(short(1), 2, "1f1b", SGD, parts=2)
     job, few, wanted = short(7), short(6), reference(short(6), SGD, parts=3)
-    with compiled(job, 2, "1f1b", SGD, parts=3) as pipe:  # sizes may differ from step to step
-        with pytest.raises(InputError, match="a batch of 2 samples cannot be split into 3 micro-batches"):
-            pipe.train_step(few.inputs[0][:2], few.targets[:2])
-        with pytest.raises(InputError, match="has size 1 in dimension 0; the model was captured for 2 to"):
-            pipe.train_step(few.inputs[0][:3], few.targets[:3])
+    with compiled(job, 2, "1f1b", SGD, parts=3) as pipe:  # batches may be smaller from then on
         losses = [float(pipe.train_step(few.inputs, few.targets)) for _ in range(STEPS)]
         assert losses == pytest.approx(wanted.losses, rel=1e-10)
         assert furthest(dict(job.model.state_dict()), dict(wanted.model.state_dict())) <= 1e-10

@@ -140,5 +140,5 @@ def test_groups_that_make_no_sense_are_named() -> None:
     with compiled(job, 2, "1f1b", partial(torch.optim.SGD, lr=0.1), param_groups=decay_groups) as pipe:
         with pytest.raises(InputError, match="there is no parameter group 2: this pipeline has 2"):
             pipe.set_optimizer(2, lr=0.1)
-        with pytest.raises(InputError, match=r"has 1 groups with \[10\] parameters; expected 2 with \[5, 5\]"):
+        with pytest.raises(InputError, match=r"has parameter groups of \[10\] parameters; expected \[5, 5\]"):
             pipe.load_optimizer_state_dict(SGD(job.model.parameters()).state_dict())

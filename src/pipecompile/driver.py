@@ -132,10 +132,11 @@ def compile(
             are parameters, their names, or patterns of names; a parameter is in the first group it fits.
         schedule: (train) ``"gpipe"``, ``"1f1b"``, ``"interleaved"``, ``"breadth_first"``, ``"zb_h1"``,
             ``"zb_v"``, or ``"auto"``, which measures the stages and simulates all of them.
-        micro_batches: (train) into how many parts a batch is split along dimension 0. Where it does
-            not divide the example batch, sizes may differ from then on. ``"auto"`` tries one, two, four and eight
-            a device (or divisors of the batch close by) and takes the fastest by simulation within
+        micro_batches: (train) into how many parts a batch is split along dimension 0. ``"auto"`` tries one, two,
+            four and eight a device (or divisors of the batch close by) and takes the fastest by simulation within
             ``memory_limit``; the plan's notes say what was considered.
+        dynamic_batch: (train) batches may be smaller than the example, such as the last one of an epoch: they make
+            fewer micro-batches. So it is without it where ``micro_batches`` does not divide the example batch.
         autocast: (train) ``torch.bfloat16``: stages compute under torch's autocast, as the model would in plain
             PyTorch. The loss is computed outside of it, on results made float32.
         reduction: (train) how the loss is reduced where ``loss_fn`` does not say: ``"mean"``, ``"sum"``,

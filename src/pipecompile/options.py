@@ -74,6 +74,7 @@ class TrainingOptions(EveryMode, total=False):
     param_groups: Groups | None
     schedule: ScheduleName
     micro_batches: int | Literal["auto"]
+    dynamic_batch: bool
     autocast: torch.dtype | None
     reduction: Reduction
     example_targets: Any

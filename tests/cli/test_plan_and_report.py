@@ -73,7 +73,7 @@ def test_a_compiled_folder_follows_the_options(run: Run) -> None:
         (["--pin", "0=cpu:0,"], "name the device after the ="),
         (["--pin", "0=cpu:0", "--pin", "0=cpu:1"], "--pin 0=... is given twice"),
         (["--pin", "9=cpu:0"], "no layer matches '9'"),
-        (["--pin", "0=cpu:7"], "no device 'cpu:7' to pin to"),
+        (["--pin", "0=cpu:7"], "there is no device 'cpu:7':"),
         (["--colocate", "0,,1"], "--colocate 0,,1: name layers with commas"),
         (["--objective", "speed"], "--objective speed: it is throughput or latency"),
         (["--objective", "latency:soon"], "a number of seconds above 0"),

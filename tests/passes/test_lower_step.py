@@ -64,6 +64,26 @@ def plain(name: str = "1f1b", devices: int = 2, m: int = 3) -> Program:
     return lowered(name, devices, m, graph, weights, {f"v{i}" for i in range(stages)})
 
 
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("name", STEP_SCHEDULES)
+def test_a_step_without_its_last_micro_batches_is_a_step(name: str, early: bool) -> None:
+    """Which is what generated code makes of a smaller batch."""
+    layers = 2 * len(STEP_SCHEDULES[name].place(3))
+    graph = chain(layers, {i: (f"w{i % (layers - 1)}",) for i in range(layers)})  # the first and the last are tied
+    weights = tuple(f"w{i}" for i in range(layers - 1))
+    whole = lowered(name, 3, 6, graph, weights, set(graph.values), early=early)
+    tied = {edge.name for edge in whole.edges if edge.tied}
+    assert tied
+    for parts in range(1, 6):
+        devices = tuple(
+            replace(d, warm_up=tuple(s for s in d.warm_up if s.op is Op.STEP or s.edge in tied or s.sample < parts))
+            for d in whole.devices
+        )
+        fewer = VerifyStep().apply(replace(whole, devices=devices))
+        assert fewer.micro_batches == parts
+
+
+
 def texts(program: Program, device: int) -> list[str]:
     return [str(step) for step in program.devices[device].warm_up]
 

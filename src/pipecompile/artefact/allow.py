@@ -53,7 +53,7 @@ _PORT = _words("post put end")
 #: What training adds.
 _HELPERS = {ast.unparse(statement) for statement in ast.parse(HELPERS).body}
 _CONSTANT = re.compile(r"(STATE|TRAINED)_\d+ = \(('\w+'(, '\w+')*,?)?\)")
-_STEP_LINK = _words("sums tensors receiver sender draw loss commit norm update")
+_STEP_LINK = _words("sums parts tensors receiver sender draw loss commit norm update")
 _STEP_PATHS = _words("draw.statistics sums.add sums.take kept.pop passed.pop torch.enable_grad")
 _METHODS = _words("detach requires_grad_ clone contiguous")
 _DICTS = _words("kept passed")
@@ -234,7 +234,7 @@ class _StepChecker(_Checker):
     link; and a few methods of tensors that make others of them.
     """
 
-    nodes = (*_Checker.nodes, ast.Mult, ast.IsNot)
+    nodes = (*_Checker.nodes, ast.Mult, ast.IsNot, ast.Gt)
     callable = _Checker.callable | {"grad", "draw", "loss_of"}
 
     def _constant(self, statement: str) -> bool:

@@ -25,16 +25,25 @@ class StepPackage:
 
     ``owned`` maps a stage to the placeholder names of the weights it updates; a weight used by
     several stages belongs to the first. ``batched`` says which inputs are split along dimension 0.
+    ``batch`` is the number of samples of a batch; with ``smaller`` the largest.
     """
 
     package: Package
     owned: Mapping[int, tuple[str, ...]]
     batched: tuple[bool, ...]
+    batch: int
+    smaller: bool = False
 
     @property
     def micro_batches(self) -> int:
-        """How many micro-batches a step has."""
+        """How many micro-batches a step has; that of a smaller batch may have fewer."""
         return self.package.program.micro_batches
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The least and the most samples a micro-batch may have."""
+        most = max(spec.shape[0] for spec, cut in zip(self.package.inputs, self.batched, strict=True) if cut)
+        return max([s.low for s in self.package.symbols.values() if s.dim == 0], default=most), most
 
 
 @dataclass(frozen=True)

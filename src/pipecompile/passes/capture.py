@@ -13,9 +13,10 @@ import keyword
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,8 @@ class Capture:
     out_tree: Tree
     symbols: dict[str, Symbol]
     parameters: tuple[str, ...]
+    refuses: Callable[[Sequence[torch.Tensor]], str]
+    """Why the graph is not what the model does for inputs of such shapes, which may be on ``meta``; empty if it is."""
 
 
 class _Flat(nn.Module):
@@ -207,7 +210,27 @@ def _rename(
             env[node] = graph.node_copy(node, lambda old: env[old])
     module = fx.GraphModule(exported.graph_module, graph)
     parameters = [p.name for p in _parameters(model) if p.kind not in _VARIADIC]
-    return Capture(module, tuple(state), tensors, tuple(names), in_tree, out_tree, _symbols(sizes, ranges), tuple(parameters))
+    symbols = _symbols(sizes, ranges)
+    refuses = _guards(exported)
+    return Capture(module, tuple(state), tensors, tuple(names), in_tree, out_tree, symbols, tuple(parameters), refuses)
+
+
+def _guards(exported: torch.export.ExportedProgram) -> Callable[[Sequence[torch.Tensor]], str]:
+    """What export took for granted of sizes while it traced: its module asserts that before it computes."""
+
+    @cache
+    def check() -> Any:
+        with quiet_export():
+            return exported.module()._guards_fn  # private: the public call would compute as well
+
+    def refuses(leaves: Sequence[torch.Tensor]) -> str:
+        try:
+            check()(*leaves)
+        except AssertionError as error:
+            return str(error).removeprefix("Guard failed: ")
+        return ""
+
+    return refuses
 
 
 def _parameters(model: nn.Module) -> list[inspect.Parameter]:

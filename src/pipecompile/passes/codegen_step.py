@@ -3,13 +3,15 @@
 For each stage ``stage_<s>`` computes its layers, ``forward_<s>`` runs it with gradients recorded,
 and ``backward_<s>`` (or ``backward_input_<s>`` and ``backward_weight_<s>``, where the schedule
 splits them) goes back. ``step(link, number)`` is the schedule as straight code; ``number`` counts the steps that
-went through the rings before, and with them their messages.
+went through the rings before, and with them their messages. Where a batch may be smaller, what belongs to a
+micro-batch but the first is under an ``if``: without the last ones the order of the others stays a valid one.
 """
 
 from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
+from itertools import groupby
 
 from torch import fx
 
@@ -28,11 +30,13 @@ class CodegenStep:
 
     ``deferred`` updates running statistics of BatchNorms once a step, with those of the whole batch.
     ``autocast`` is the dtype that stages compute in where torch's autocast allows it, such as ``"bfloat16"``.
+    With ``fewer`` a step may have fewer micro-batches than the program: it leaves the last ones out.
     """
 
     width: int = 110
     deferred: bool = False
     autocast: str | None = None
+    fewer: bool = False
 
     def apply(
         self, graph: ModelGraph, module: fx.GraphModule, plan: Plan, program: Program, gradients: Gradients
@@ -52,7 +56,7 @@ class CodegenStep:
         emit = StepEmitter(graph, module, deferred=self.deferred, autocast=self.autocast)
         writers = [StageWriter(emit, plan, program, gradients, device, s, self.width) for s in device.stages]
         parts = [writer.source() for writer in writers]
-        step = _StepWriter(program, device, {w.stage: w for w in writers}).source()
+        step = _StepWriter(program, device, {w.stage: w for w in writers}, self.fewer).source()
         target = plan.cluster.devices[device.device]
         spans = "; ".join(title(s, [graph.layers[i] for i in plan.stages[s].layers]) for s in device.stages)
         doc = textwrap.fill(f'"""Device {device.device} of {len(program.devices)} ({target.name}): {spans}.', self.width)
@@ -69,6 +73,7 @@ class _StepWriter:
     program: Program
     device: DeviceProgram
     writers: dict[int, StageWriter]
+    fewer: bool
 
     def source(self) -> str:
         """The function."""
@@ -76,8 +81,10 @@ class _StepWriter:
         mine = [e for e in self.program.edges if e.slots]
         into = [e for e in mine if e.target in device.stages]
         out = [e for e in mine if e.source in device.stages]
-        lines = [f'"""One step of {count} micro-batches; `yield port` waits until the port is ready."""']
+        most = "at most " if self.fewer else ""
+        lines = [f'"""One step of {most}{count} micro-batches; `yield port` waits until the port is ready."""']
         lines += [f"base = number * {count}", "sums, kept, passed = link.sums, {}, {}"]
+        lines += ["parts = link.parts"] if self.fewer else []
         stages = device.stages
         lines.append("state = {" + ", ".join(f"{s}: link.tensors(STATE_{s})" for s in stages) + "}")
         lines.append("trained = {" + ", ".join(f"{s}: link.tensors(TRAINED_{s})" for s in stages) + "}")
@@ -89,17 +96,27 @@ class _StepWriter:
         commits = [f"link.commit({d})" for s in stages if (d := self.writers[s].deferred)]
         if commits:
             commits.insert(0, "# running statistics of the whole batch")
-        for step in device.warm_up:
-            if steps and step == steps[0]:
-                lines += commits
-                lines += ["# norm of all gradients, where they are clipped", "yield link.norm()"] if last else []
-                lines += ["# update"] if last else []
-            lines += self._step(step)
+        for part, run in groupby(device.warm_up, self._part):
+            written: list[str] = []
+            for step in run:
+                if steps and step == steps[0]:
+                    written += commits
+                    written += ["# norm of all gradients, where they are clipped", "yield link.norm()"] if last else []
+                    written += ["# update"] if last else []
+                written += self._step(step)
+            lines += [f"if parts > {part}:", *indent(written).splitlines()] if part else written
         lines += [] if steps else commits
         return "def step(link, number):\n" + indent(lines)
 
+    def _part(self, step: Instruction) -> int:
+        """The micro-batch an instruction is left out with; 0 where it never is."""
+        return step.sample if self.fewer and step.op is not Op.STEP and not self._edge(step, tied=True) else 0
+
+    def _edge(self, step: Instruction, *, tied: bool = False) -> Edge | None:
+        return next((e for e in self.program.edges if e.name == step.edge and (e.tied or not tied)), None)
+
     def _step(self, step: Instruction) -> list[str]:
-        edge = next((e for e in self.program.edges if e.name == step.edge), None)
+        edge = self._edge(step)
         message = "number" if edge is not None and edge.tied else f"base + {step.sample}"
         match step.op:
             case Op.RECV if edge is not None:

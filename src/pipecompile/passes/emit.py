@@ -29,7 +29,7 @@ _RESERVED = re.compile(
 #: What generated training steps use besides.
 _RESERVED_IN_STEPS = frozenset(
     "backward base draw edge_of edges filled forward grad gradients graph held kept learns link loss loss_of made message "
-    "number passed pending slip state sums target trained verdict weights".split()
+    "number parts passed pending slip state sums target trained verdict weights".split()
 )
 
 

@@ -38,7 +38,7 @@ class LowerLearn:
             PlanError: if a weight is used in several stages.
             ProgramError: as :func:`pipecompile.passes.lower.crossings`.
         """
-        _refuse_tied(graph, plan, gradients)
+        _refuse_spread_weights(graph, plan, gradients)
         stages = len(plan.stages)
         forward = activations(graph, plan)
         learns = learning_stages(weight_users(graph, plan, gradients.weights), forward, gradients.values)
@@ -134,7 +134,7 @@ def _result(graph: ModelGraph, stages: int) -> Edge:
     return Edge(stages - 1, HOST, (*names, SLIP, VERDICT), specs, 0, _RESULTS, "result")
 
 
-def _refuse_tied(graph: ModelGraph, plan: Plan, gradients: Gradients) -> None:
+def _refuse_spread_weights(graph: ModelGraph, plan: Plan, gradients: Gradients) -> None:
     names = {entry.name: entry.fqn for entry in graph.state}
     for name, stages in weight_users(graph, plan, gradients.weights).items():
         if len(stages) > 1:

@@ -18,6 +18,7 @@ from pipecompile.passes.capture import Capture, capture
 from pipecompile.passes.check import compare_with_eager, exact, run_once
 from pipecompile.passes.check_step import compare_gradients
 from pipecompile.passes.observe import Observation, copies, observe
+from pipecompile.passes.smaller_batches import SmallerBatches
 from pipecompile.passes.trace import Trace, Traced
 
 
@@ -26,8 +27,10 @@ class TraceStep(Trace):
     """Capture a model in train mode.
 
     A model that is in train mode keeps the modes of its submodules (a frozen BatchNorm in eval
-    mode stays so); one in eval mode is put into train mode as a whole.
+    mode stays so); one in eval mode is put into train mode as a whole. With ``smaller`` samples may be fewer.
     """
+
+    smaller: SmallerBatches | None = None
 
     def trace(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Traced, Gradients]:
         """Trace one micro-batch; the model's mode, buffers, gradients and random state stay as they are.
@@ -42,27 +45,32 @@ class TraceStep(Trace):
         try:
             run_once(model, args, kwargs)
             try:
-                found = self._attempt(model, args, kwargs, as_eager=True)
+                found, captured = self._attempt_step(model, args, kwargs, as_eager=True)
             except TraceError as error:
                 try:
-                    found = self._attempt(model, args, kwargs, as_eager=False)
+                    found, captured = self._attempt_step(model, args, kwargs, as_eager=False)
                 except TraceError:
                     raise error from error.__cause__
             leaves, _ = flatten((tuple(args), dict(kwargs)))
             gradients = _gradients(found, leaves)
             compare_gradients(model, found.module, found.tensors, args, kwargs)
+            if self.smaller is not None:
+                symbols = self.smaller.apply(model, captured, args, kwargs)
+                found = replace(found, graph=replace(found.graph, symbols=symbols))
         finally:
             for module, training in modes.items():
                 module.training = training
         return replace(found, graph=replace(found.graph, mode="train")), gradients
 
-    def _attempt(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, as_eager: bool) -> Traced:
+    def _attempt_step(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, as_eager: bool
+    ) -> tuple[Traced, Capture]:
         with exact(model):
             found = capture(model, args, kwargs, self.dynamic_shapes, as_eager=as_eager, gradients=True)
             leaves, _ = flatten((tuple(args), dict(kwargs)))
             seen = _prepare(found, leaves)
         compare_with_eager(model, found.module, found.tensors, found.out_tree, args, kwargs)
-        return Traced(self._graph(model, found, seen), found.tensors, found.module, found.parameters)
+        return Traced(self._graph(model, found, seen), found.tensors, found.module, found.parameters), found
 
 
 def _prepare(found: Capture, leaves: list[Any]) -> Observation:

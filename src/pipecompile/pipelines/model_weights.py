@@ -93,13 +93,27 @@ class ModelWeights:
         found, wanted = [len(group["params"]) for group in groups], [len(group) for group in self._groups.members]
         if found != wanted:
             raise InputError(
-                f"the optimizer state has {len(found)} groups with {found} parameters; expected {len(wanted)} with "
-                f"{wanted}: {'those of param_groups=' if self._given else 'one group over all of model.parameters()'}"
+                f"the optimizer state has parameter groups of {found} parameters; expected {wanted}: "
+                f"{'those of param_groups=' if self._given else 'one group over all of model.parameters()'}"
             )
         settings = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in groups]
         order = [i for group in groups for i in group["params"]]
         names = {order[position]: name for name, position in self.positions().items()}
         return {names[i]: value for i, value in state_dict["state"].items() if i in names}, settings
+
+    def with_names(self, state: Mapping[str, Any]) -> list[tuple[str, torch.Tensor, Any]]:
+        """State by placeholder with the model's name and the weight it is of."""
+        return [(self.fqn(name), self._tensors[name], value) for name, value in state.items()]
+
+    def of_optimizer(
+        self, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
+    ) -> list[tuple[str, torch.Tensor, Any]]:
+        """The same of a ``state_dict`` that an optimizer of the caller's is to take over."""
+        names = {p: name for name, p in self._model.named_parameters()}
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        places = [i for group in state_dict["param_groups"] for i in group["params"]]
+        pairs = zip(places, weights, strict=False)  # torch says so if there are more of one
+        return [(names.get(p, f"number {i}"), p, state_dict["state"].get(i, {})) for i, p in pairs]
 
     def remember(self) -> None:
         """Note what the model holds, to see later whether something was replaced."""

@@ -44,6 +44,7 @@ class SavedTraining:
         extra = {
             "owned": [[stage, list(names)] for stage, names in self.step.owned.items()],
             "batched": list(self.step.batched),
+            "batch": [self.step.batch, self.step.smaller],
             "costs": [cost.to_json() for cost in self.costs],
             "options": dict(self.options),
         }
@@ -65,9 +66,8 @@ class SavedTraining:
         try:
             found = Checkpoint.load(Path(path) / FILE)
             extra = found.extra
-            step = StepPackage(
-                package, {stage: tuple(names) for stage, names in extra["owned"]}, tuple(extra["batched"])
-            )
+            owned = {stage: tuple(names) for stage, names in extra["owned"]}
+            step = StepPackage(package, owned, tuple(extra["batched"]), *extra["batch"])
             costs = tuple(StageCost(**cost) for cost in extra["costs"])
             return cls(step, tensors, costs, extra["options"], found)
         except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:

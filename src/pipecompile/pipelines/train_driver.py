@@ -27,6 +27,7 @@ from pipecompile.passes.part_counts import best_way, part_counts
 from pipecompile.passes.plan_step import training_profile
 from pipecompile.passes.profile import ProfileLayers
 from pipecompile.passes.recompute import Recompute
+from pipecompile.passes.smaller_batches import SmallerBatches
 from pipecompile.passes.trace_step import TraceStep
 from pipecompile.pipelines.drop_in import FILL_AND_DRAIN
 from pipecompile.pipelines.param_groups import Groups, ModelGroups
@@ -52,6 +53,7 @@ def compile_training(
     param_groups: Groups | None = None,
     schedule: ScheduleName = "auto",
     micro_batches: int | Literal["auto"] = 4,
+    dynamic_batch: bool = False,
     autocast: torch.dtype | None = None,
     reduction: Reduction = "auto",
     leaf: Sequence[str | type[nn.Module]] = (),
@@ -114,10 +116,14 @@ def compile_training(
         measure = CpuMeasure(threads=width, imports=imports)
         first = split_inputs(leaves, batched, count)[0]
         part_args, part_kwargs = unflatten(tree, first)
-        dynamic = _batch_dims(tree, batched) if batch % count else None
+        several = (dynamic_batch or batch % count > 0) and batch > count
+        dynamic = _batch_dims(tree, batched) if several else None
+        smaller = (
+            SmallerBatches(batched, min(batch // count, 2) if dynamic_batch else batch // count) if several else None
+        )
         tell("trace", at)
         with eager_models(), half:
-            traced, gradients = TraceStep(tuple(leaf), dynamic).trace(model, part_args, part_kwargs)
+            traced, gradients = TraceStep(tuple(leaf), dynamic, smaller).trace(model, part_args, part_kwargs)
         tell("profile", at + 0.3 * part)
         with half:
             measured = ProfileLayers(profile_seconds).apply(traced.graph, traced.module, traced.tensors, first, measure)
@@ -167,12 +173,13 @@ def compile_training(
     plan = replace(plan, notes=(*plan.notes, *notes))
     traced, gradients, first, graph = planner.traced, planner.gradients, planner.leaves, planner.traced.graph
     tell("codegen", 0.9)
-    modules = CodegenStep(deferred=deferred_batch_norm, autocast=dtype).apply(
+    smaller = dynamic_batch or batch % planner.micro_batches > 0
+    modules = CodegenStep(deferred=deferred_batch_norm, autocast=dtype, fewer=smaller).apply(
         graph, traced.module, plan, program, gradients
     )
     owned = {stage: tuple(names) for stage, names in owners(weight_users(graph, plan, gradients.weights)).items()}
     package = replace(package_of(traced, first, modules, plan, program), imports=tuple(imports))
-    step = StepPackage(package, owned, batched)
+    step = StepPackage(package, owned, batched, batch, smaller)
     tell("done", 1.0)
     return TrainingPipeline(
         step,
@@ -212,6 +219,8 @@ def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     Raises:
         InputError: for a dtype whose gradients need more than that.
     """
+    if dtype is not None and not isinstance(dtype, torch.dtype):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"autocast={dtype!r} is no dtype of torch: write autocast=torch.bfloat16")
     if dtype not in (None, torch.bfloat16):
         raise InputError(
             f"autocast={dtype!r}: only torch.bfloat16 is possible; gradients in float16 vanish unless the loss is "

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,28 +13,25 @@ from torch import nn
 from pipecompile.arguments import Arguments
 from pipecompile.errors import InputError, NonFiniteError, PipelineClosed, StepError
 from pipecompile.ir.cluster import Link
-from pipecompile.ir.package import Package
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.training import StageCost, StepPackage, StepRequest
 from pipecompile.pipelines.checkpoint import Checkpoint
 from pipecompile.pipelines.drop_in import DropIn
-from pipecompile.pipelines.facade import LearnsInPlace
 from pipecompile.pipelines.model_weights import ModelWeights
 from pipecompile.pipelines.param_groups import ModelGroups
 from pipecompile.pipelines.train_artefact import SavedTraining
-from pipecompile.runtime.batches import Reduction, loss_weights, split_inputs, split_targets
+from pipecompile.pipelines.training_state import TrainingState
+from pipecompile.runtime.batches import Reduction, loss_weights, parts_of, split_inputs, split_targets
 from pipecompile.runtime.criterion import Criterion
-from pipecompile.runtime.inline_step import InlineTrainer, Trainer
 from pipecompile.runtime.not_finite import origin
-from pipecompile.runtime.process_step import ProcessTrainer
 from pipecompile.runtime.step_spans import step_timeline
 from pipecompile.runtime.training import Training
-from pipecompile.runtime.update import OptimizerFactory, settings_of
+from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.simulate.step import simulate_step
 from pipecompile.streams.engine import ExecutorName
 
 
-class TrainingPipeline(LearnsInPlace):
+class TrainingPipeline(TrainingState):
     """A model compiled for training. ``loss = pipe.train_step(inputs, targets)`` is one step.
 
     ``state_dict()``, ``parameters()`` and the like are the model's own, under its own names. The
@@ -65,45 +60,24 @@ class TrainingPipeline(LearnsInPlace):
         full_loss: bool = False,
         resume: Checkpoint | None = None,
     ) -> None:
-        super().__init__(model)
-        self._step, self._loss_fn = step, loss_fn
+        weights = ModelWeights(step.package.state, step.owned, tensors, model, groups)
+        training = Training(loss_fn, optimizer, seed, keep_gradients, check_finite, weights.groups(), full_loss)
+        super().__init__(
+            step,
+            model,
+            weights,
+            training,
+            costs,
+            reduction=reduction,
+            clip_norm=clip_norm,
+            executor=executor,
+            watching={"hang_seconds": hang_seconds, "throttle": throttle},
+            resume=resume,
+        )
+        self._loss_fn = loss_fn
         batch_dims = [(i, 0) for i, cut in enumerate(step.batched) if cut and step.package.symbols]
         self._arguments = Arguments(step.package, batch_dims)
-        self._reduction: Reduction = reduction
-        self._watching: dict[str, Any] = {"hang_seconds": hang_seconds, "throttle": throttle}
-        self._clip, self._costs = clip_norm, costs
-        self._executor = executor
-        self._weights = ModelWeights(step.package.state, step.owned, tensors, model, groups)
-        self._training = Training(
-            loss_fn, optimizer, seed, keep_gradients, check_finite, self._weights.groups(), full_loss
-        )
-        self._known = frozenset[str]() if optimizer is None else settings_of(optimizer)
         self._drop_in = DropIn(step, tensors)
-        self._trainer: Trainer | None = None
-        self._steps, self._accumulated = 0 if resume is None else resume.steps, False
-        self._resume = None if resume is None else resume.optimizer
-        self._closed = ""
-        self._lock = threading.RLock()
-
-    @property
-    def package(self) -> Package:
-        """The generated modules, with one micro-batch as their sample."""
-        return self._step.package
-
-    @property
-    def step_package(self) -> StepPackage:
-        """The package and what a step needs besides."""
-        return self._step
-
-    @property
-    def micro_batches(self) -> int:
-        """How many micro-batches a batch is split into."""
-        return self._step.micro_batches
-
-    @property
-    def costs(self) -> tuple[StageCost, ...]:
-        """Measured costs of the stages, for one micro-batch."""
-        return self._costs
 
     def train_step(self, inputs: Any, targets: Any = None, *, update: bool = True) -> torch.Tensor:
         """One step: forward and backward of all micro-batches, then one update.
@@ -204,144 +178,6 @@ class TrainingPipeline(LearnsInPlace):
         page = step_html(self.package, self.simulate(), self.costs, self.timeline() if live else None)
         return write_page(path, page)
 
-    def optimizer_state_dict(self) -> dict[str, Any]:
-        """A copy of the optimizers' state as that of one plain torch optimizer over ``model.parameters()``.
-
-        Compiled with ``param_groups=``, as that of one with the same groups.
-        """
-        return self._weights.packed(*copy.deepcopy(self._ready().optimizer_state()))
-
-    def load_optimizer_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over the state of a plain torch optimizer over ``model.parameters()``, or with the same groups.
-
-        Raises:
-            InputError: if it has other parameter groups, another number of parameters, or other settings.
-        """
-        state, settings = self._weights.unpacked(state_dict)
-        for group in settings:
-            missing, unknown = sorted(self._known - group.keys()), sorted(group.keys() - self._known - {"initial_lr"})
-            if missing and unknown:
-                raise InputError(
-                    f"this is the state of another kind of optimizer: it has {', '.join(unknown)} and no "
-                    f"{', '.join(missing)}"
-                )
-        self._ready().load_optimizer_state(state, settings)
-
-    def training_state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs besides ``state_dict()``: the optimizers' state and the number of steps done."""
-        return {"optimizer": self.optimizer_state_dict(), "steps": self._steps}
-
-    def load_training_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where :meth:`training_state_dict` was taken: random masks follow the number of steps."""
-        self.load_optimizer_state_dict(state_dict["optimizer"])
-        self._steps = int(state_dict["steps"])
-
-    def save_checkpoint(
-        self, path: str | os.PathLike[str], *, optimizer: torch.optim.Optimizer | None = None, extra: Any = None
-    ) -> None:
-        """Save weights, buffers, the optimizers' state and the number of steps to one file, whole or not at all.
-
-        A crash while saving leaves the old file as it was. :meth:`load_checkpoint` goes on bit for bit.
-
-        Args:
-            path: a safetensors file; replaced if it exists.
-            optimizer: the caller's own, where the pipeline has none (compiled without a loss).
-            extra: JSON data to keep with it, such as an epoch or a scheduler's ``state_dict()``.
-
-        Raises:
-            InputError: while gradients of ``update=False`` steps wait for their update, which a
-                checkpoint does not hold; or if something is not JSON.
-        """
-        with self._lock:
-            self._settled()
-            own = self._training.optimizer is not None
-            if own == (optimizer is not None):
-                raise InputError(
-                    "optimizer= is for a pipeline compiled without a loss: this one has its own"
-                    if own
-                    else "this pipeline has no optimizer: give yours as optimizer="
-                )
-            state = self.optimizer_state_dict() if optimizer is None else optimizer.state_dict()
-            Checkpoint(self._model.state_dict(), state, self._steps, extra).save(path)
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the pipeline to a folder that ``pipecompile.load(path, mode="train", ...)`` goes on from bit for bit.
-
-        It holds generated code, weights, buffers, the optimizers' state, the number of steps and the options;
-        the loss and the optimizer are given again when it is loaded, and so is a ``reduction`` that is a function.
-        The state of an optimizer of the caller's is not in it (:meth:`save_checkpoint` takes that).
-
-        Raises:
-            ArtefactError: if the folder cannot be written or holds something else.
-            InputError: while gradients of ``update=False`` steps wait for their update.
-        """
-        with self._lock:
-            self._settled()
-            training = self._training
-            options = {
-                "own": training.optimizer is not None,
-                "reduction": None if callable(self._reduction) else self._reduction,
-                "seed": training.seed,
-                "clip_norm": self._clip,
-                "keep_gradients": training.keep_gradients,
-                "check_finite": training.check_finite,
-                "full_loss": training.full_loss,
-                "groups": self._weights.groups_by_name(),
-            }
-            state = None if training.optimizer is None else self.optimizer_state_dict()
-            resume = Checkpoint({}, state, self._steps)
-            return SavedTraining(self._step, self._weights.current(), self._costs, options, resume).save(path)
-
-    def _settled(self) -> None:
-        if self._accumulated:
-            raise InputError(
-                "gradients of train_step(update=False) wait for their update, and what is saved does not hold "
-                "them: save after a step that updates"
-            )
-
-    def load_checkpoint(self, path: str | os.PathLike[str], *, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Go on from :meth:`save_checkpoint`, on any number of devices and under any schedule.
-
-        Returns:
-            What was given as ``extra``.
-
-        Raises:
-            ArtefactError: if the file is not a whole checkpoint.
-            InputError: if it is of another model or another optimizer; nothing is changed then.
-        """
-        with self._lock:
-            found = Checkpoint.load(path)
-            found.fits(self._model.state_dict(), path)
-            if found.optimizer is not None and optimizer is not None:
-                optimizer.load_state_dict(dict(found.optimizer))
-            elif found.optimizer is not None:
-                self.load_optimizer_state_dict(found.optimizer)
-            self._model.load_state_dict(found.model)
-            self._steps = found.steps
-            return found.extra
-
-    def set_optimizer(self, group: int | None = None, /, **settings: Any) -> None:
-        """Change settings of the optimizers from the next step on: ``pipe.set_optimizer(lr=0.01)``.
-
-        ``pipe.set_optimizer(1, lr=0.01)`` changes one of ``param_groups``, counted from 0.
-
-        Raises:
-            InputError: if there is no such group, or no such setting.
-        """
-        groups = len(self._training.groups.settings)
-        if group is not None and not 0 <= group < groups:
-            raise InputError(f"there is no parameter group {group}: this pipeline has {groups}, counted from 0")
-        unknown = sorted(settings.keys() - self._known)
-        if unknown:
-            raise InputError(f"the optimizer has no {', '.join(unknown)}; there are {', '.join(sorted(self._known))}")
-        self._ready().set(settings, group)
-
-    def close(self) -> None:
-        """End. Closing twice is fine; parameters and buffers stay usable."""
-        if self._trainer is not None:
-            self._trainer.close()
-        self._closed = self._closed or "it was closed"
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result for a batch.
 
@@ -365,59 +201,32 @@ class TrainingPipeline(LearnsInPlace):
             return result
 
     def extra_repr(self) -> str:
-        """Model, stages, devices and schedule."""
-        devices = ", ".join(device.name for device in self.plan.cluster.devices)
-        name = self._step.package.model
-        return (
-            f"{name}, {len(self.plan.stages)} stages on {devices}, {self.program.schedule}, {self.micro_batches} parts"
-        )
+        """Model, stages, devices, schedule and micro-batches."""
+        count = self.micro_batches
+        return f"{super().extra_repr()}, {count} micro-batch{'es' if count > 1 else ''}"
 
     def _split(self, leaves: list[Any]) -> list[list[Any]]:
         """Flat inputs per micro-batch, each checked as a call of what was compiled."""
-        package, parts = self._step.package, self.micro_batches
+        step, package, parts = self._step, self._step.package, self.micro_batches
         wanted = [spec.shape[0] if cut else None for spec, cut in zip(package.inputs, self._step.batched, strict=True)]
         sizes = {leaf.shape[0] for leaf, size in zip(leaves, wanted, strict=True) if size is not None and leaf.dim()}
         if len(sizes) != 1:
             raise InputError(f"the inputs have batches of {sorted(sizes)} samples: all must have as many")
         (batch,) = sizes
-        fixed = next(size for size in wanted if size is not None)
-        if not package.symbols and batch != fixed * parts:
+        if step.smaller:
+            parts = parts_of(batch, step.batch, parts, step.sizes)
+        elif batch != step.batch:
             raise InputError(
-                f"a batch of {batch} samples, compiled for {fixed * parts}: {parts} micro-batches of {fixed}. Pass "
-                "that many, or compile with an example batch that micro_batches does not divide: then sizes may differ"
+                f"a batch of {batch} samples, compiled for {step.batch}: {parts} micro-batches of {step.sizes[1]}. "
+                "Pass that many, or compile with dynamic_batch=True: then batches may be smaller"
             )
-        if batch < parts:
-            raise InputError(
-                f"a batch of {batch} samples cannot be split into {parts} micro-batches: compile for fewer"
-            )
-        rows = split_inputs(leaves, self._step.batched, parts)
+        rows = split_inputs(leaves, step.batched, parts)
         for row in rows:
             self._arguments.check(row)
         return rows
 
     def _samples(self, row: list[Any]) -> int:
         return next(leaf.shape[0] for leaf, cut in zip(row, self._step.batched, strict=True) if cut)
-
-    def _ready(self) -> Trainer:
-        closed = self._closed or ("" if self._trainer is None else self._trainer.closed)
-        if closed:
-            raise PipelineClosed(f"this pipeline cannot be used any more: {closed}")
-        if self._trainer is None:
-            tensors = self._weights.current()
-            if self._executor == "inline":
-                self._trainer = InlineTrainer(self._step, tensors, self._training)
-            else:
-                self._trainer = ProcessTrainer(self._step, tensors, self._training, **self._watching)
-            self._weights.remember()
-            if self._resume is not None:
-                self._trainer.load_optimizer_state(*self._weights.unpacked(self._resume))
-                self._resume = None
-        elif self._weights.moved():
-            raise InputError(
-                "the model's parameters were replaced (assign=True, .double(), .to()): compile again, or load values "
-                "in place with load_state_dict"
-            )
-        return self._trainer
 
 
 def resume_training(

@@ -30,6 +30,28 @@ def batched_inputs(leaves: Sequence[Any]) -> tuple[int, tuple[bool, ...]]:
     return batch, tuple(size == batch for size in sizes)
 
 
+def parts_of(batch: int, largest: int, parts: int, sizes: tuple[int, int]) -> int:
+    """Into how many micro-batches a batch is split that may be smaller than the one which goes into ``parts``.
+
+    As many as leave each of them no more samples on average than those of the largest batch have, so a small batch
+    makes fewer of about the same size; fewer still where they would be smaller than ``sizes`` allow, least and most.
+
+    Raises:
+        InputError: if it is larger, empty, or cannot be split that way.
+    """
+    if not 0 < batch <= largest:
+        raise InputError(f"a batch of {batch} samples, compiled for 1 to {largest}")
+    least, most = sizes
+    for count in range(-(-batch * parts // largest), 0, -1):
+        if least <= batch // count and -(-batch // count) <= most:
+            return count
+    each = f"{least} to {most}" if least < most else str(most)
+    raise InputError(
+        f"a batch of {batch} samples cannot be split into micro-batches of {each} samples, which the model was "
+        "captured for: leave it out (drop_last=True of a DataLoader), or compile with fewer micro_batches"
+    )
+
+
 def split_inputs(leaves: Sequence[Any], batched: Sequence[bool], parts: int) -> list[list[Any]]:
     """Per micro-batch the flat inputs; sizes differ by at most one, larger ones first."""
     columns = [
@@ -118,4 +140,4 @@ def _count(loss_fn: Callable[..., Any], target: Any, size: int) -> float:
     return float(counted.sum())
 
 
-__all__ = ["batched_inputs", "loss_weights", "option", "split_inputs", "split_targets"]
+__all__ = ["batched_inputs", "loss_weights", "option", "parts_of", "split_inputs", "split_targets"]

@@ -48,10 +48,13 @@ class HostPorts:
         return [port.edge for port in ports if port.sample < self._end]
 
     def begin(self, done: int, leaves: Sequence[Sequence[Any]]) -> None:
-        """Start a step of these inputs per micro-batch; ``done`` steps went through these rings before."""
-        self._base, self._end = done * self._count, (done + 1) * self._count
+        """Start a step of these inputs per micro-batch, or of fewer; ``done`` steps went through these rings before."""
+        self._base = done * self._count
+        self._end = self._base + len(leaves)
         self._leaves, self._given, self.failed = leaves, (), False
-        self.results = [{} for _ in range(self._count)]
+        self.results = [{} for _ in leaves]
+        for port, _ in (*self._inputs, *self._results, *self._gradients):
+            port.go_on(self._base)
         for port, _ in self._results:
             port.post_until(self._end)
 
@@ -93,7 +96,7 @@ class HostPorts:
         """Give the step under way up, as far as that goes without waiting; whether all is carried."""
         self.failed = True
         ports = [port for port, _ in (*self._inputs, *self._results, *self._gradients)]
-        for _ in drain(ports, self._base // self._count, self._count):
+        for _ in drain(ports, self._base // self._count + 1, self._end):
             return False
         return True
 

@@ -242,7 +242,7 @@ class _Device:
 
     def begin(self, request: StepRequest, done: int) -> None:
         """Run up to the first wait; ``done`` steps went through these rings before."""
-        self.link.number = request.number
+        self.link.number, self.link.parts = request.number, len(request.leaves)
         if isinstance(self.updates, DeviceUpdates):
             self.updates.begin(request.update, request.clip)
         else:

@@ -129,7 +129,8 @@ class Updates(Protocol):
 class StepLink:
     """The ``link`` of a generated training step: one device's tensors, ports, sums and updates.
 
-    ``number`` counts steps over the whole training, ``losses`` receives the value of each micro-batch, weighted.
+    ``number`` counts steps over the whole training, ``parts`` the micro-batches of the one under way; ``losses``
+    receives the value of each, weighted.
     ``written`` names the buffers that stages write to.
     """
 
@@ -148,7 +149,7 @@ class StepLink:
         self._receivers = {port.edge: port for port in ports if isinstance(port, RingReceiver)}
         self._senders = {port.edge: port for port in ports if isinstance(port, RingSender)}
         self.sums = Sums()
-        self.number = 0
+        self.number = self.parts = 0
         self.losses: list[torch.Tensor] = []
         self.criterion: Callable[[int, Sequence[Any]], torch.Tensor] | None = None
         self.spans = Spans()

@@ -99,7 +99,7 @@ class StepDevice:
     def _do_step(
         self, done: int, number: int, update: bool, clip: float | None, targets: Any, weights: list[float]
     ) -> Outcome:
-        self._link.number, self._begun = number, clock()
+        self._link.number, self._link.parts, self._begun = number, len(weights), clock()
         if isinstance(self._updates, DeviceUpdates):
             self._updates.begin(update, clip)
         else:

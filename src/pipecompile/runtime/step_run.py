@@ -21,6 +21,7 @@ from pipecompile.runtime.module import execute
 from pipecompile.runtime.step import NotFinite, StepLink, step_error
 
 _PAUSE = 2e-4
+_TIED = ":tied"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Outcome:
 
 
 class StepRun:
-    """Runs the steps of one device module over its link. ``micro_batches`` are those of a step."""
+    """Runs the steps of one device module over its link. ``micro_batches`` are those of a whole step."""
 
     def __init__(
         self, module: DeviceModule, link: StepLink, ports: Sequence[RingReceiver | RingSender], micro_batches: int
@@ -64,8 +65,10 @@ class StepRun:
 
         What a port raises instead of giving a value is to be thrown in.
         """
-        link = self._link
+        link, base = self._link, done * self._count
         link.begin()
+        for port in self._ports:
+            port.go_on(done if port.edge.endswith(_TIED) else base)
         self.failed = False
         try:
             yield from self._step(link, done)
@@ -83,15 +86,18 @@ class StepRun:
         else:
             return Outcome(list(link.losses), updated=link.updated)
         self.failed = True
-        yield from drain(self._ports, done, self._count)
+        yield from drain(self._ports, done + 1, base + link.parts)
         return outcome
 
 
-def drain(ports: Sequence[RingReceiver | RingSender], done: int, micro_batches: int) -> Generator[Port, Any, None]:
-    """Carry all messages of the step under way, without looking at them or putting anything in."""
+def drain(ports: Sequence[RingReceiver | RingSender], done: int, messages: int) -> Generator[Port, Any, None]:
+    """Carry all messages of the step under way, without looking at them or putting anything in.
+
+    It ends before message ``messages``; edges of tied weights, which have one a step, before ``done``.
+    """
 
     def end(port: RingReceiver | RingSender) -> int:
-        return done + 1 if port.edge.endswith(":tied") else (done + 1) * micro_batches
+        return done if port.edge.endswith(_TIED) else messages
 
     pending = [port for port in ports if port.sample < end(port)]
     while pending:

@@ -204,7 +204,7 @@ def test_training_adds_the_backward_pass() -> None:
     ("options", "message"),
     [
         ({"pin": {"encodr.*": "cpu:0"}}, r"no layer matches 'encodr\.\*'; the nearest is 'encoder"),
-        ({"pin": {"embed": "gpu:0"}}, "no device 'gpu:0' to pin to: the nearest is 'cpu:"),
+        ({"pin": {"embed": "gpu:0"}}, "there is no device 'gpu:0': the nearest is 'cpu:"),
         ({"pin": {"encoder": "cpu:0", "encoder.1*": "cpu:1"}}, "contradictory pins: layer 'encoder.1:linear'"),
         ({"pin": {"encoder.0:linear": "cpu:0", "encoder.0:add": "cpu:1"}}, "must share a stage"),
         ({"pin": {"embed": "cpu:0", "encoder.0*": "cpu:1", "head": "cpu:0"}}, "the pins contradict each other"),

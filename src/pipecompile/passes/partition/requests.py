@@ -54,7 +54,7 @@ def find_device(cluster: Cluster, name: str, used: int) -> int:
     if name not in names:
         near = difflib.get_close_matches(name, names, 1, 0.3)
         hint = f"the nearest is {near[0]!r}" if near else f"there are {', '.join(names)}"
-        raise PlanError(f"no device {name!r} to pin to: {hint}")
+        raise PlanError(f"there is no device {name!r}: {hint}")
     index = names.index(name)
     if index >= used:
         raise PlanError(f"device {name!r} is pinned to, but the plan uses only {', '.join(names[:used])}")

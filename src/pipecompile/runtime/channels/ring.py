@@ -168,6 +168,10 @@ class RingSender:
             cell.store(value)
         self._announce(slot, 0)
 
+    def go_on(self, sample: int) -> None:
+        """Make ``sample`` the next message, where those before it are left out. Both ends, with nothing on its way."""
+        self.sample = sample
+
     def end(self) -> None:
         """Tell the receiver that no message follows. Needs no posted slot: it may never post again."""
         self._last[0] = self.sample + 1
@@ -230,6 +234,10 @@ class RingReceiver:
         if self._throttle is not None:
             self._slots[sample // self._stride % self._count].posted = clock()
         self._add()
+
+    def go_on(self, sample: int) -> None:
+        """Make ``sample`` the next message, where those before it are left out. Both ends, with nothing on its way."""
+        self.sample = self._posted = sample
 
     def post_until(self, end: int) -> None:
         """Offer every slot that is free for a message before ``end``."""
