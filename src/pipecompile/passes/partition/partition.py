@@ -118,7 +118,7 @@ class Partition:
             what = f"{count} layer{'s' * (count != 1)}" if groups == len(graph.layers) else f"{count} part{'s' * (count != 1)} that can be parted"
             notes.append(f"{self.stages} devices asked for, but the model has {what}: {used} used")
         kind, limit = self.objective if isinstance(self.objective, tuple) else (self.objective, inf)
-        if kind not in ("throughput", "latency") or not limit > 0:
+        if kind not in ("throughput", "latency") or not (isinstance(limit, (int, float)) and limit > 0):
             raise PlanError(f"objective {self.objective!r}: 'throughput', 'latency', or one of them and a limit in seconds")
         return (
             replace(
