@@ -87,7 +87,7 @@ class Alternatives:
 
 def alternatives(
     model: nn.Module,
-    example_inputs: Sequence[Any] = (),
+    example_inputs: Sequence[Any] | torch.Tensor = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     devices: int | Sequence[str] | Cluster = 2,

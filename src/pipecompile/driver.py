@@ -38,7 +38,7 @@ _MODES: Mapping[str, Any] = {"infer": compile_inference, "train": compile_traini
 @overload
 def compile(
     model: nn.Module,
-    example_inputs: Sequence[Any] = (),
+    example_inputs: Sequence[Any] | torch.Tensor = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     mode: Literal["infer"] = "infer",
@@ -49,7 +49,7 @@ def compile(
 @overload
 def compile(
     model: nn.Module,
-    example_inputs: Sequence[Any] = (),
+    example_inputs: Sequence[Any] | torch.Tensor = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     mode: Literal["train"],
@@ -60,7 +60,7 @@ def compile(
 @overload
 def compile(
     model: nn.Module,
-    example_inputs: Sequence[Any] = (),
+    example_inputs: Sequence[Any] | torch.Tensor = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     mode: Literal["learn"],
@@ -70,7 +70,7 @@ def compile(
 
 def compile(
     model: nn.Module,
-    example_inputs: Sequence[Any] = (),
+    example_inputs: Sequence[Any] | torch.Tensor = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     mode: Mode = "infer",

@@ -94,7 +94,8 @@ class Engine:
                 self._users.wait(1.0)
                 self.check()
             if self._user:
-                raise InputError(f"the pipeline is busy with {self._user}: finish or close that first")
+                how = "wait for flush()" if self._user == TICKETS else "finish or close that"
+                raise InputError(f"the pipeline is busy with {self._user}: {how} first")
             self._user = user
 
     def release(self) -> None:
