@@ -216,6 +216,7 @@ def test_more_devices_than_layers_and_than_cores_are_said() -> None:
         pipe = compiled(nn.Linear(3, 3), torch.randn(3), devices=7)
     assert len(pipe.plan.stages) == 1
     text = " ".join(str(w.message) for w in caught)
+    assert {w.filename for w in caught} == {__file__}
     assert "1 used" in text
     assert "cores" in text
     x = torch.randn(3)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 
-from pipecompile.errors import PipecompileWarning, PlanError
+from pipecompile.errors import PlanError, warn
 from pipecompile.ir.cluster import Cluster, Device
 
 
@@ -27,11 +26,9 @@ def make_cluster(devices: int | Sequence[str] | Cluster) -> Cluster:
         if devices < 1:
             raise PlanError(f"devices={devices}: at least one device is needed")
         if devices > len(cores):
-            warnings.warn(
+            warn(
                 f"{devices} devices on {len(cores)} cores: some share a core, so the pipeline cannot be faster "
                 f"than with {len(cores)}",
-                PipecompileWarning,
-                stacklevel=3,
             )
         return Cluster(tuple(Device(f"cpu:{i}", core=cores[i % len(cores)]) for i in range(devices)))
     found: list[Device] = []
@@ -64,11 +61,9 @@ def check_runs_here(cluster: Cluster) -> None:
             )
     missing = [device for device in cluster.devices if device.core is not None and device.core not in cores]
     if missing:
-        warnings.warn(
+        warn(
             f"this process may use the cores {', '.join(map(str, cores))}, not "
             f"{', '.join(f'{device.core} of {device.name}' for device in missing)}: run here, such a device takes any",
-            PipecompileWarning,
-            stacklevel=3,
         )
 
 
