@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,27 @@ def test_a_changed_dtype_is_refused() -> None:
             pipe(x)
 
 
+def test_a_pipeline_is_neither_converted_nor_copied() -> None:
+    with compiled(mlp(), torch.randn(2, 8)) as pipe:
+        assert pipe.to("cpu") is pipe
+        assert pipe.float() is pipe
+        for convert in (pipe.half, pipe.double, lambda: pipe.to("meta")):
+            with pytest.raises(InputError, match="convert the model, and compile it again"):
+                convert()
+        for copied in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match=r"running workers .* save\(\) it"):
+                copied(pipe)
+
+
+@pytest.mark.parametrize("source", [None, 5])
+def test_what_is_no_source_is_refused_at_once(source: Any) -> None:
+    with (
+        compiled(mlp(), torch.randn(2, 8)) as pipe,
+        pytest.raises(InputError, match="takes an iterable of samples"),
+    ):
+        pipe.stream(source)
+
+
 def test_names_are_the_model_s_own() -> None:
     model = mlp()
     with compiled(model, torch.randn(2, 8)) as pipe:
@@ -193,6 +216,7 @@ def test_more_devices_than_layers_and_than_cores_are_said() -> None:
         pipe = compiled(nn.Linear(3, 3), torch.randn(3), devices=7)
     assert len(pipe.plan.stages) == 1
     text = " ".join(str(w.message) for w in caught)
+    assert {w.filename for w in caught} == {__file__}
     assert "1 used" in text
     assert "cores" in text
     x = torch.randn(3)

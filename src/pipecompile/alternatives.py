@@ -73,7 +73,7 @@ class Alternatives:
         if best is None:
             return (
                 "One device is as fast or faster: handing samples on would cost what working side by side gains. "
-                "Call the model itself, or compile with --devices 1."
+                f"Call the model itself{'' if 1 in self.refused else ', or compile with --devices 1'}."
             )
         gain, several = best.throughput * self.eager, len(best.plan.loads) > 1
         if len(best.plan.loads) == len(asked.plan.loads):
@@ -87,7 +87,7 @@ class Alternatives:
 
 def alternatives(
     model: nn.Module,
-    example_inputs: Sequence[Any] = (),
+    example_inputs: Sequence[Any] | torch.Tensor = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     devices: int | Sequence[str] | Cluster = 2,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 
-from pipecompile.errors import PipecompileWarning, PlanError
+from pipecompile.errors import PlanError, warn
 from pipecompile.ir.cluster import Cluster, Device
 
 
@@ -17,7 +16,7 @@ def make_cluster(devices: int | Sequence[str] | Cluster) -> Cluster:
         PlanError: for a count below one, an unknown kind of device or a core this process may not use.
     """
     if isinstance(devices, Cluster):
-        return devices
+        return _checked(devices)
     if isinstance(devices, str):
         devices = [devices]
     if not isinstance(devices, (int, Sequence)):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -27,11 +26,9 @@ def make_cluster(devices: int | Sequence[str] | Cluster) -> Cluster:
         if devices < 1:
             raise PlanError(f"devices={devices}: at least one device is needed")
         if devices > len(cores):
-            warnings.warn(
+            warn(
                 f"{devices} devices on {len(cores)} cores: some share a core, so the pipeline cannot be faster "
                 f"than with {len(cores)}",
-                PipecompileWarning,
-                stacklevel=3,
             )
         return Cluster(tuple(Device(f"cpu:{i}", core=cores[i % len(cores)]) for i in range(devices)))
     found: list[Device] = []
@@ -47,3 +44,34 @@ def make_cluster(devices: int | Sequence[str] | Cluster) -> Cluster:
     if len(set(found)) < len(found):
         raise PlanError(f"devices={list(devices)!r} names a device twice: give each core one stage, or a count")
     return Cluster(tuple(found))
+
+
+def check_runs_here(cluster: Cluster) -> None:
+    """Refuse devices this version can plan for, but not run; say which cores are not to be had.
+
+    Raises:
+        PlanError: naming a device that is no CPU core.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    for device in cluster.devices:
+        if device.kind != "cpu":
+            raise PlanError(
+                f"device {device.name!r} is of kind {device.kind!r}: this version runs on CPU cores only (kind 'cpu'); "
+                "`pipecompile plan` and the Partition pass plan for other kinds"
+            )
+    missing = [device for device in cluster.devices if device.core is not None and device.core not in cores]
+    if missing:
+        warn(
+            f"this process may use the cores {', '.join(map(str, cores))}, not "
+            f"{', '.join(f'{device.core} of {device.name}' for device in missing)}: run here, such a device takes any",
+        )
+
+
+def _checked(cluster: Cluster) -> Cluster:
+    """A Cluster somebody made by hand: with devices, and nothing else, in it."""
+    if not cluster.devices:
+        raise PlanError("this Cluster has no devices: at least one is needed")
+    for device in cluster.devices:
+        if not isinstance(device, Device):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(f"a Cluster is made of Devices, not of {device!r}: write Device({str(device)!r})")
+    return cluster

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import itertools
 import os
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from torch import nn
 from pipecompile import driver
 from pipecompile.arguments import Arguments
 from pipecompile.eager import eager_models
-from pipecompile.errors import ExampleError, InputError, PipecompileWarning
+from pipecompile.errors import ExampleError, InputError, warn
 from pipecompile.guards import Guards, plain
 from pipecompile.ir.sample import Sample
 from pipecompile.ir.tree import flatten
@@ -207,15 +205,7 @@ class Decorated:
     def _say(self, kind: str, text: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(text, PipecompileWarning, stacklevel=_callers_level())
-
-
-def _callers_level() -> int:
-    """The ``stacklevel`` of the first frame that is neither ours nor torch's, seen from our caller."""
-    level, frame = 0, inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("pipecompile", "torch"):
-        level, frame = level + 1, frame.f_back
-    return level
+            warn(text)
 
 
 class _Peeked:

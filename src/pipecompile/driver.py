@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from pipecompile import artefact
-from pipecompile.clusters import make_cluster
+from pipecompile.clusters import check_runs_here, make_cluster
 from pipecompile.errors import InputError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.package import Package
-from pipecompile.options import InferenceOptions, LearningOptions, Mode, TrainingOptions, check_options
+from pipecompile.options import InferenceOptions, LearningOptions, Mode, TrainingOptions, check_options, check_values
 from pipecompile.passes.partition import with_memory
 from pipecompile.pipelines.infer_driver import compile_inference
 from pipecompile.pipelines.inference import InferencePipeline
@@ -38,7 +38,7 @@ _MODES: Mapping[str, Any] = {"infer": compile_inference, "train": compile_traini
 @overload
 def compile(
     model: nn.Module,
-    example_inputs: Sequence[Any] = (),
+    example_inputs: Sequence[Any] | torch.Tensor = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     mode: Literal["infer"] = "infer",
@@ -49,7 +49,7 @@ def compile(
 @overload
 def compile(
     model: nn.Module,
-    example_inputs: Sequence[Any] = (),
+    example_inputs: Sequence[Any] | torch.Tensor = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     mode: Literal["train"],
@@ -60,7 +60,7 @@ def compile(
 @overload
 def compile(
     model: nn.Module,
-    example_inputs: Sequence[Any] = (),
+    example_inputs: Sequence[Any] | torch.Tensor = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     mode: Literal["learn"],
@@ -70,7 +70,7 @@ def compile(
 
 def compile(
     model: nn.Module,
-    example_inputs: Sequence[Any] = (),
+    example_inputs: Sequence[Any] | torch.Tensor = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     mode: Mode = "infer",
@@ -179,6 +179,7 @@ def compile(
     cluster = with_memory(make_cluster(devices), options.pop("memory", None))
     if mode == "train" and isinstance(devices, int):  # so many cores, however they are best used
         options["threads"] = min(devices, len({device.core for device in cluster.devices}))
+    check_runs_here(cluster)
     return _MODES[mode](model, args, dict(example_kwargs or {}), cluster, **options)
 
 
@@ -251,6 +252,7 @@ def load(
             allowed (``trust=True`` allows custom operators).
         InputError: if a training pipeline was compiled with a loss and gets none, or the reverse.
     """
+    check_values({"hang_seconds": hang_seconds, "throttle": throttle})
     if mode == "train":
         saved = SavedTraining.load(path, trust=trust)
         return resume_training(

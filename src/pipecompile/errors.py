@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -127,3 +129,16 @@ class PipelineClosed(PipelineError):
 
 class PipecompileWarning(UserWarning):
     """Something was decided for the user that they may want to know (fewer stages, shared cores)."""
+
+
+def warn(text: str) -> None:
+    """Say something as a :class:`PipecompileWarning` at the line of whoever called us, however deep."""
+    warnings.warn(text, PipecompileWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """The ``stacklevel`` of the first frame that is neither ours nor torch's, seen from our caller."""
+    level, frame = 0, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("pipecompile", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -20,6 +20,7 @@ from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.schedules.recompute import RecomputeName
 from pipecompile.schedules.training import ScheduleName
 from pipecompile.streams.engine import ExecutorName, OnFailure
+from pipecompile.streams.entrance import Options as StreamOptions
 from pipecompile.streams.entrance import Overload
 
 #: Called with the name of the phase that begins and the fraction of the work done, 0.0 to 1.0.
@@ -113,10 +114,47 @@ def _real(value: Any) -> bool:
     return isinstance(value, (int, float)) and value > 0
 
 
+def _seconds(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value >= 0
+
+
+def _patterns(value: Any) -> bool:
+    """Texts, or lists of texts, in a list."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return False
+    groups: Sequence[Any] = value
+    return all(isinstance(group, str) or _texts(group) for group in groups)
+
+
+def _texts(value: Any, *others: type) -> bool:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return False
+    entries: Sequence[Any] = value
+    return all(isinstance(entry, (str, *others)) for entry in entries)
+
+
+def _links(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    links: Mapping[Any, Any] = value
+    return all(isinstance(link, Link) for link in links.values())
+
+
 #: What some options must be, where the mistake would otherwise be told by whoever stumbles over it.
 _VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "pin": (lambda value: isinstance(value, Mapping), "a dict from patterns of layer names to devices"),
-    "colocate": (lambda value: not isinstance(value, str), "a list of patterns of layer names, or of lists of them"),
+    "leaf": (lambda value: _texts(value, type), "a list of module paths, such as ['encoder.layer.*'], or classes"),
+    "imports": (_texts, "a list of names of modules"),
+    "throttle": (_links, "a dict from edges, such as '0>1', to Links"),
+    "progress": (callable, "a function of a phase and a fraction"),
+    "dynamic_shapes": (
+        lambda value: isinstance(value, (Mapping, tuple, list)),
+        "a tuple or dict, an entry for each input, as for torch.export.export",
+    ),
+    "on_failure": (lambda value: value in get_args(OnFailure), "'raise' or 'restart'"),
+    "hang_seconds": (_real, "a number of seconds above 0"),
+    "time_limit": (_seconds, "a number of seconds, 0 or more"),
+    "colocate": (_patterns, "a list of patterns of layer names, or of lists of them"),
     "micro_batches": (lambda value: isinstance(value, int) or value == "auto", "a whole number or 'auto'"),
     "snapshot_every": (lambda value: isinstance(value, int), "a whole number of samples"),
     "seed": (lambda value: isinstance(value, int), "a whole number"),
@@ -146,10 +184,7 @@ def check_options(mode: str, given: Mapping[str, Any]) -> None:
     if strange:
         takes = _either(f"mode={m!r}" for m in dict.fromkeys(m for name in strange for m in takers[name]))
         raise InputError(f"{', '.join(strange)}: only {takes} takes that, this is mode={mode!r}")
-    for name, value in given.items():
-        fits, what = _VALUES.get(name, (None, ""))
-        if fits is not None and value is not None and not fits(value):
-            raise InputError(f"{name}={value!r}: it must be {what}")
+    check_values(given)
     executor = given.get("executor", "process")
     if executor not in get_args(ExecutorName):
         raise InputError(f"executor={executor!r} is neither {' nor '.join(map(repr, get_args(ExecutorName)))}")
@@ -159,6 +194,20 @@ def check_options(mode: str, given: Mapping[str, Any]) -> None:
             f"mode={mode!r} needs {' and '.join(f'{name}=' for name in missing)}: for example "
             "loss_fn=torch.nn.CrossEntropyLoss(), optimizer=functools.partial(torch.optim.SGD, lr=0.1)"
         )
+
+
+def check_values(given: Mapping[str, Any]) -> None:
+    """Refuse values of a wrong kind before any work is done: a model may take minutes to trace and to time.
+
+    Raises:
+        InputError: naming the option.
+    """
+    for name, value in given.items():
+        fits, what = _VALUES.get(name, (None, ""))
+        if fits is not None and value is not None and not fits(value):
+            raise InputError(f"{name}={value!r}: it must be {what}")
+    # What the options of a stream may be is known there.
+    StreamOptions(**{name: given[name] for name in ("on_overload", "max_in_flight", "deadline") if name in given})
 
 
 def _either(words: Any) -> str:
@@ -179,6 +228,7 @@ __all__ = [
     "Progress",
     "TrainingOptions",
     "check_options",
+    "check_values",
     "names_of",
     "silent",
 ]

@@ -177,6 +177,18 @@ def test_a_full_disk_is_one_error_and_whole_results_stay(saved: Path, folder: Pa
     assert "error: cannot write full.jsonl: No space left on device; the 0 results before are in it" in err
     assert err.count("error:") == 1
 
+    for words in (
+        ["run", str(saved / "make"), "--input", "random:5", "-o", "-", "--inline"],
+        ["report", str(saved / "make")],
+    ):
+        with open("/dev/full", "w") as full:
+            line = [sys.executable, "-m", "pipecompile.cli", *words]
+            found = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+        assert (found.returncode, found.stderr) == (
+            1,
+            "error: cannot write to standard output: No space left on device\n",
+        )
+
     def small() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 

@@ -339,6 +339,22 @@ def test_stage_that_hangs() -> None:
     assert gone(pids)
 
 
+@pytest.mark.parametrize(
+    ("warm", "where"), [(0, "before the first sample|while waiting"), (3, "stopped while waiting for .* 0>1")]
+)
+def test_a_worker_stopped_while_it_waits_has_hung(warm: int, where: str) -> None:
+    session = Session(two_stages(), weights(), hang_seconds=0.4)
+    for _ in range(warm):
+        session.submit(samples(1))
+        session.result(timeout=20)
+    pids = session.pids
+    os.kill(pids[1], signal.SIGSTOP)
+    session.submit(samples(1))
+    with pytest.raises(WorkerHung, match=f"device 1 .*({where})"):
+        session.result(timeout=20)
+    assert gone(pids)
+
+
 def test_schedule_that_deadlocks_is_an_error() -> None:
     stuck = two_stages()
     source = stuck.modules[1].source

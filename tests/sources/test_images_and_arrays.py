@@ -89,6 +89,21 @@ def test_an_array_entry_by_entry(tmp_path: Path) -> None:
     assert torch.equal(next(iter(doubled)).value, torch.from_numpy(array[0] * 2))
 
 
+def test_entries_are_reshaped_where_that_keeps_the_order_of_their_axes(tmp_path: Path) -> None:
+    values = np.arange(48, dtype=np.float32).reshape(2, 24)
+    with compiled(nn.Flatten(), torch.zeros(1, 3, 4, 2)) as pipe:
+        for shape in [(3, 4, 2), (1, 3, 4, 2), (24,), (12, 2), (3, 8), (3, 2, 2, 2)]:
+            np.save(tmp_path / "x.npy", values.reshape(2, *shape))
+            got = [sample.value[0] for sample in NumpyFile(tmp_path / "x.npy", like=pipe)]
+            assert torch.equal(torch.cat(got).reshape(2, 24), torch.from_numpy(values)), shape
+        for shape in [(4, 2, 3), (2, 3, 4), (8, 3)]:
+            np.save(tmp_path / "x.npy", values.reshape(2, *shape))
+            with pytest.raises(InputError, match=r"in another order.*numpy.moveaxis"):
+                NumpyFile(tmp_path / "x.npy", like=pipe)
+    np.save(tmp_path / "x.npy", values.astype(">f4"))
+    assert torch.equal(next(iter(NumpyFile(tmp_path / "x.npy"))).value, torch.from_numpy(values[0]))
+
+
 def test_arrays_that_cannot_be_used(tmp_path: Path) -> None:
     np.save(tmp_path / "wide.npy", np.zeros((2, 5), np.float32))
     np.save(tmp_path / "number.npy", np.float32(3))

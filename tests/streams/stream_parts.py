@@ -64,8 +64,8 @@ class FakeEngine:
     def ready(self, leaves: Any) -> HandDriven:
         return self.session
 
-    def outgrows(self, leaves: Any) -> bool:
-        return False
+    def takes(self, leaves: Any) -> bool:
+        return True
 
     def guard(self, action: Any) -> Any:
         return action()

@@ -401,6 +401,50 @@ def test_a_stream_is_refused_while_another_runs_but_calls_take_turns(fast: Any) 
     assert all(same(results, want[:20]) for results in found.values())
 
 
+def replaced(model: nn.Sequential) -> None:
+    state = model.state_dict()
+    model.load_state_dict({name: torch.randn_like(value) for name, value in state.items()}, assign=True)
+
+
+def emptied(model: nn.Sequential) -> None:
+    model[0].weight.data = torch.ones(8, 8)
+
+
+@pytest.mark.parametrize("change", [replaced, emptied])
+@pytest.mark.parametrize(("executor", "policy"), [("process", "block"), ("inline", "drop_oldest")])
+def test_storage_replaced_in_mid_stream_counts_from_the_next_sample_in(change: Any, executor: Any, policy: Any) -> None:
+    model, xs = mlp(), inputs(20)
+    asked: list[int] = []
+
+    def source() -> Iterator[torch.Tensor]:
+        for i, x in enumerate(xs):
+            while policy != "block" and i == 10 and len(asked) < 10:
+                time.sleep(0.001)  # read in a thread of its own: the ten before are through when the weights change
+            if i == 10:
+                change(model)
+            yield x
+
+    before = outputs(model, xs)
+    with compiled(model, xs[0], executor=executor, on_overload=policy, max_in_flight=10) as pipe:
+        got: list[torch.Tensor] = []
+        for y in pipe.stream(source()):
+            got.append(y)
+            asked.append(len(got))
+        assert same(got, [*before[:10], *outputs(model, xs)[10:]])
+        assert balanced(pipe.counts)
+
+
+def test_submitted_samples_see_replaced_storage_and_a_weight_that_is_gone_is_named() -> None:
+    model, x = mlp(), inputs(1)[0]
+    with compiled(model, x) as pipe:
+        pipe.submit(x).result(5)
+        replaced(model)
+        assert torch.equal(pipe.submit(x).result(5), outputs(model, [x])[0])
+        del model[0].weight
+        with pytest.raises(InputError, match="no p_0_weight any more"):
+            pipe.submit(x).result(5)
+
+
 def test_a_stateful_model_under_drops_counts_only_what_entered() -> None:
     torch.manual_seed(0)
     model, xs = Stateful().eval(), inputs(50)

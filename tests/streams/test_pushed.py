@@ -346,6 +346,19 @@ def test_results_begin_with_what_is_submitted_after_them(blocking: Fast) -> None
     assert all(ticket.done() for ticket in early + late)
 
 
+def test_who_has_the_last_result_may_go_on_at_once_in_another_way(blocking: Fast) -> None:
+    pipe, xs, want = blocking
+    for i in range(60):
+        assert torch.equal(pipe.submit(xs[i]).result(30), want[i])
+        assert torch.equal(pipe(xs[i + 1]), want[i + 1])
+        pipe.submit(xs[i])
+        assert pipe.flush(30)
+        assert same(pipe.stream(xs[i : i + 2]), want[i : i + 2])
+    with pytest.raises(InputError, match="callback=5 is no function"):
+        pipe.submit(xs[0], callback=5)  # type: ignore[arg-type]  # pyright: ignore
+    assert balanced(pipe.counts)
+
+
 def test_a_callback_may_submit_but_not_wait(blocking: Fast) -> None:
     pipe, xs, want = blocking
     found: list[Any] = []

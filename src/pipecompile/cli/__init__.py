@@ -5,6 +5,7 @@ Nothing here imports torch before a command needs it, so that ``--help`` answers
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -53,5 +54,16 @@ def main() -> None:
         fail(str(error), 1)
     except BrokenPipeError:
         # Whoever read our output, such as head, has had enough; say nothing, and nothing more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _nothing_more()
         sys.exit(1)
+    except OSError as error:
+        # Files are named by whoever writes them; what is left is standard output on a full disk.
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        _nothing_more()
+        fail(f"cannot write to standard output: {error.strerror}", 1)
+
+
+def _nothing_more() -> None:
+    """What standard output still holds is not written at exit, which would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

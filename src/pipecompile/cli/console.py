@@ -113,6 +113,11 @@ def ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}" if seconds < 0.1 else f"{seconds * 1e3:,.0f}"
 
 
+def counted(number: int, what: str) -> str:
+    """``1 sample``, ``2 samples``."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def devices_of(text: str) -> int | list[str]:
     """``2``, or names with commas between them."""
     return int(text) if text.lstrip("-").isdigit() else [name.strip() for name in text.split(",")]

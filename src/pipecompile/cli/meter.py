@@ -10,7 +10,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from pipecompile.cli.console import ms
+from pipecompile.cli.console import counted, ms
 
 if TYPE_CHECKING:
     from pipecompile.ir.sample import Record
@@ -68,7 +68,7 @@ class Meter:
         if not self.latencies:
             return "no results"
         rate = f": {self.rate:,.1f} samples/s after the first" if self.rate else ""
-        words = f"{len(self.latencies)} samples in {self.seconds:.2f} s{rate}, on {stages} stage{'s' * (stages != 1)}"
+        words = f"{counted(len(self.latencies), 'sample')} in {self.seconds:.2f} s{rate}, on {counted(stages, 'stage')}"
         parts = [
             f"{name} {ms(self.percentile(fraction))} ms"
             for name, fraction in (("median", 0.5), ("90%", 0.9), ("99%", 0.99), ("longest", 1.0))

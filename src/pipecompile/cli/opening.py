@@ -25,6 +25,8 @@ def open_source(text: str, package: Package, *, realtime: bool = False, rate: fl
         if not rest.isdigit() or int(rest) < 1:
             raise InputError(f"--input {text!r} is not understood: write random:100 for a hundred samples")
         return Random(int(rest), **pace)
+    if not text:
+        raise InputError("--input is empty: name a file, a folder, random:100 or camera:/dev/video0")
     path = Path(text)
     if path.is_dir():
         return ImageFolder(path, **pace)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipecompile.cli.console import say_error, writable_text
+from pipecompile.cli.console import counted, say_error, writable_text
 from pipecompile.errors import InputError, PipecompileError
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def run_command(folder: Path, source: str, output: str | None, top: int, trace: 
                 say(f"wrote {trace}")
         sink.close()
         if output not in (None, "-") and sink.written:
-            say(f"wrote {sink.written} results to {output}")
+            say(f"wrote {counted(sink.written, 'result')} to {output}")
     if not meter.latencies and not trouble and not results.interrupted:
         raise InputError(f"--input {source}: there is not a single sample in it")
     if results.interrupted:

@@ -76,8 +76,10 @@ class Cluster:
 
         try:
             text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"cannot read the cluster file {os.fspath(path)}: {error}") from None
+        except UnicodeDecodeError:
+            raise PlanError(f"cannot read the cluster file {os.fspath(path)}: it is no text") from None
+        except OSError as error:
+            raise PlanError(f"cannot read the cluster file {os.fspath(path)}: {error.strerror or error}") from None
         return read_cluster(text, os.fspath(path))
 
     def to_json(self) -> dict[str, Any]:

@@ -105,8 +105,11 @@ class _Reader:
         return node.value
 
     def mapping(self, node: Any, name: str, known: Sequence[str], needed: Sequence[str] = ()) -> Mapping[str, Any]:
-        found = dict(self.pairs(node, name))
-        for key, value in found.items():
+        found: dict[str, Any] = {}
+        for key, value in self.pairs(node, name):
+            if key in found:
+                raise self.error(value, name, f"the field {key!r} is given twice")
+            found[key] = value
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
@@ -136,6 +139,8 @@ class _Reader:
     def device(self, node: Any, name: str) -> Device:
         found = self.mapping(node, name, [f.name for f in fields(Device)], ("name",))
         title = str(self.value(found["name"], f"{name}.name"))
+        if not title.strip():
+            raise self.error(found["name"], f"{name}.name", "is empty: a device has a name, such as cpu:0")
         kind = str(self.value(found["kind"], f"{name}.kind")) if "kind" in found else title.partition(":")[0]
         values: dict[str, Any] = {"name": title, "kind": kind}
         index = title.partition(":")[2]

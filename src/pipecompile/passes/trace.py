@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from pipecompile.errors import TraceError
+from pipecompile.errors import InputError, TraceError
 from pipecompile.ir.graph import ModelGraph, OutputRef
 from pipecompile.ir.tree import Tree, flatten
 from pipecompile.passes import clean
@@ -95,9 +97,14 @@ class Trace:
         )
 
     def _leaf_patterns(self, model: nn.Module) -> list[str]:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        patterns = [entry for entry in self.leaf if isinstance(entry, str)]
+        for pattern in patterns:
+            if not fnmatch.filter(modules, pattern):
+                near = difflib.get_close_matches(pattern, modules, 1, 0.3)
+                raise InputError(f"leaf: no module matches {pattern!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
         classes = tuple(entry for entry in self.leaf if isinstance(entry, type))
-        paths = [name for name, module in model.named_modules() if classes and isinstance(module, classes)]
-        return [entry for entry in self.leaf if isinstance(entry, str)] + paths
+        return patterns + [name for name, module in modules.items() if classes and isinstance(module, classes)]
 
 
 def _refuse_unknown_sizes(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import nn
 
+from pipecompile.errors import InputError
 from pipecompile.ir.package import Package
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import Program
@@ -68,6 +71,33 @@ class Pipeline(nn.Module):
     def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
         """The model's buffers under its own names."""
         return self._model.named_buffers(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """What ``to()``, ``half()``, ``double()`` and the like come down to.
+
+        Raises:
+            InputError: if a parameter or buffer would have another dtype or device: the stages are compiled for these.
+        """
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            with torch.no_grad():
+                changed = fn(tensor.detach())
+            if changed.dtype != tensor.dtype or changed.device != tensor.device:
+                raise InputError(
+                    f"{name} is {tensor.dtype} on {tensor.device}, for which this pipeline was compiled, and would be "
+                    f"{changed.dtype} on {changed.device}: convert the model, and compile it again"
+                )
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Neither copied nor pickled: it holds running workers.
+
+        Raises:
+            TypeError: always; Python's own answer would name a lock within.
+        """
+        raise TypeError(
+            f"a {type(self).__name__} holds running workers and cannot be copied or pickled: save() it and load() it "
+            "there, or copy the model"
+        )
 
     def extra_repr(self) -> str:
         """Model, stages and devices."""

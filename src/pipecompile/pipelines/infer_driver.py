@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 
 from pipecompile import cache
 from pipecompile.eager import eager_models
-from pipecompile.errors import PipecompileError, PipecompileWarning
+from pipecompile.errors import PipecompileError, warn
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import TensorSpec
 from pipecompile.ir.measure import Measure
@@ -80,7 +79,7 @@ def compile_inference(
         cluster = replace(cluster, link=profile.link)
     plan = compiler.fastest(profile, cluster, tuple(imports)) if replicate else compiler.plan(profile, cluster)
     if len(plan.loads) < len(cluster.devices):
-        warnings.warn("; ".join(plan.notes), PipecompileWarning, stacklevel=3)
+        warn("; ".join(plan.notes))
     tell("codegen", 0.9)
     package = compiler.package(plan, tuple(imports))
     tell("done", 1.0)

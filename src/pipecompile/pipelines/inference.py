@@ -139,6 +139,8 @@ class InferencePipeline(Pipeline):
             Exception: what the source raised, after the results of all it gave before.
             WorkerDied, WorkerHung, PipelineError: if the pipeline is lost.
         """
+        if not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
+            raise InputError(f"stream() takes an iterable of samples, got {type(source).__name__}")
         default = self._options
         policy = on_overload or default.on_overload
         if on_overload is None and default.on_overload == "block" and getattr(source, "live", False) is True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import socket
@@ -20,7 +21,7 @@ from pipecompile.runtime.channels.link import ports_of
 from pipecompile.runtime.channels.ring import clock
 from pipecompile.runtime.channels.shared_memory import SharedEdge, allocate, attach
 from pipecompile.runtime.control import receive, send
-from pipecompile.runtime.process import Process, ending
+from pipecompile.runtime.process import Process, ending, halted
 from pipecompile.runtime.records import Records
 
 _START_SECONDS = 60.0
@@ -43,6 +44,7 @@ class Worker:
         )
         self.limit = max(_HANG_SECONDS, _HANG_FACTOR * planned) if hang_seconds is None else hang_seconds
         self.process: Process | None = None
+        self.ready = math.inf
         self.control, self._theirs = socket.socketpair()
         self.control.settimeout(_START_SECONDS)
 
@@ -88,9 +90,11 @@ class Worker:
         return -1 if last is None else last.sample
 
     def computing(self) -> float:
-        """Seconds since the device last had to wait; 0 while it waits."""
+        """Seconds since the device last had to wait, or was ready to; 0 while it waits."""
         last = self.records.last()
-        return clock() - last.end if last is not None and last.end else 0.0
+        if last is None:
+            return clock() - self.ready
+        return clock() - last.end if last.end else 0.0
 
     def waiting(self) -> float:
         """Seconds the device has been waiting; 0 while it computes."""
@@ -192,6 +196,7 @@ class Crew:
                 if message is None or message["kind"] != "ready":
                     raise self._error(worker, message)
                 worker.control.settimeout(1.0)
+                worker.ready = clock()
 
     def hear(self, fd: int) -> PipelineError:
         """What the worker behind a control socket that became readable says: a StageError of one sample, or its end."""
@@ -222,6 +227,10 @@ class Crew:
         idle = min((worker.waiting() for worker in self.workers), default=0.0)
         limit = slack + max((worker.limit for worker in self.workers), default=0.0)
         if min(idle, clock() - submitted) > limit:
+            for worker in self.workers:
+                if worker.process is not None and halted(worker.process):
+                    text = f"{worker} made no progress for {idle:.1f} s: its process is stopped {worker.progress()}"
+                    return WorkerHung(text, device=worker.module.device, sample=worker.sample)
             where = "; ".join(f"{worker} {worker.progress()}" for worker in self.workers)
             return PipelineError(f"deadlock, every device waits: {where}")
         return None

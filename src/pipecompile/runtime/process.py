@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 import time
+from pathlib import Path
 from typing import Protocol
 
 from pipecompile.runtime import control
@@ -112,6 +113,15 @@ def ending(process: Process, progress: str) -> str:
     why = "the process that workers are forked from was killed first" if orphan else "the system may be out of memory"
     hint = f"; {why}" if code == -signal.SIGKILL else ""
     return f"was killed by {signal.Signals(-code).name} {progress}{hint}"
+
+
+def halted(process: Process) -> bool:
+    """Whether somebody has stopped a process: SIGSTOP, or a debugger. It then waits for nothing but to be let go on."""
+    try:
+        # The second field is the name, in brackets, and may hold anything.
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][:1] in ("T", "t")
+    except OSError:  # it is gone, which its control socket tells
+        return False
 
 
 def _poller(*fds: int) -> select.poll:

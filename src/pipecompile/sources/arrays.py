@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 import threading
 from collections.abc import Callable, Generator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +27,8 @@ class NumpyFile(Source):
 
     Args:
         path: the file.
-        like: a pipeline (or package) with one input: each entry is given its shape and dtype.
+        like: a pipeline (or package) with one input: each entry is given its dtype, and its shape where that means
+            no more than parting, joining or leaving out axes.
         transform: makes an item of a stream from an entry (a NumPy array); instead of ``like``.
             With neither, an item is the entry as a tensor.
         rate: entries a second, for the time stamps.
@@ -59,6 +63,8 @@ class NumpyFile(Source):
         if not isinstance(array, np.ndarray):
             raise InputError(f"{self.path} holds several arrays; save the one to stream as a .npy file")
         self._array: np.ndarray[Any, Any] = array
+        if not array.dtype.isnative and array.dtype.kind in "biufc":
+            self._array = array.astype(array.dtype.newbyteorder("="))  # torch knows this machine's byte order only
         if array.ndim == 0:
             raise InputError(f"{self.path} holds a single number: samples lie along the first axis of an array")
         self._make = transform or _entry
@@ -68,11 +74,16 @@ class NumpyFile(Source):
 
     def _fit(self, fit: Fit) -> Callable[[np.ndarray[Any, Any]], Any]:
         spec, array = fit.spec, self._array
-        size = int(np.prod(spec.shape))
+        size, shape = math.prod(spec.shape), array.shape[1:]
         if array.size != len(array) * size:
             raise InputError(
                 f"{self.path} has shape {array.shape}: each entry along its first axis must hold the {size} values of "
                 f"one input of shape {spec.shape}"
+            )
+        if not (_borders(shape) <= _borders(spec.shape) or _borders(spec.shape) <= _borders(shape)):
+            raise InputError(
+                f"{self.path} has entries of shape {shape}, one input has shape {spec.shape}: as many values, but in "
+                "another order. Save the array with its axes in the model's order (numpy.moveaxis), or pass transform="
             )
         if array.dtype.kind not in "biufc":
             raise InputError(f"{self.path} holds {array.dtype}, which is no number")
@@ -127,6 +138,11 @@ def random_tensor(shape: Sequence[int], dtype: torch.dtype, generator: torch.Gen
     if dtype.is_floating_point or dtype.is_complex:
         return torch.randn(tuple(shape), generator=generator, dtype=torch.float32).to(dtype)
     return torch.ones(tuple(shape), dtype=dtype)
+
+
+def _borders(shape: Sequence[int]) -> set[int]:
+    """After how many values an axis ends. Parting or joining axes adds or takes away some, another order moves them."""
+    return set(accumulate((n for n in shape if n != 1), operator.mul))
 
 
 def _entry(entry: np.ndarray[Any, Any]) -> torch.Tensor:

@@ -94,7 +94,8 @@ class Engine:
                 self._users.wait(1.0)
                 self.check()
             if self._user:
-                raise InputError(f"the pipeline is busy with {self._user}: finish or close that first")
+                how = "wait for flush()" if self._user == TICKETS else "finish or close that"
+                raise InputError(f"the pipeline is busy with {self._user}: {how} first")
             self._user = user
 
     def release(self) -> None:
@@ -142,6 +143,13 @@ class Engine:
             return start()
         written = {entry.name: tensors[entry.name] for entry in self.package.state if entry.mutated}
         return Surviving(start, written)
+
+    def takes(self, leaves: list[Any] | None) -> bool:
+        """Whether the running executor can compute such a sample: it has room for it, and the model's weights of now.
+
+        Looked at for every sample: the model may get other storage in the middle of a stream.
+        """
+        return self.session is not None and (leaves is None or not (self.outgrows(leaves) or self.state.moved()))
 
     def outgrows(self, leaves: list[Any]) -> bool:
         """Whether a sample with dynamic sizes needs larger rings than the present ones."""

@@ -54,10 +54,12 @@ class Options:
         ):
             if value not in choices:
                 raise InputError(f"{name}={value!r} is none of {', '.join(map(repr, choices))}")
+        if self.max_in_flight is not None and not isinstance(self.max_in_flight, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"max_in_flight={self.max_in_flight!r}: it is a whole number of samples")
         if self.max_in_flight is not None and self.max_in_flight < 1:
             raise InputError(f"max_in_flight={self.max_in_flight}: at least one sample must fit in")
-        if self.deadline is not None and not self.deadline >= 0.0:
-            raise InputError(f"deadline={self.deadline}: it is seconds from being offered, 0 or more")
+        if self.deadline is not None and not (isinstance(self.deadline, (int, float)) and self.deadline >= 0.0):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"deadline={self.deadline!r}: it is seconds from being offered, 0 or more")
 
     def inside(self, devices: int) -> int:
         """How many samples may be inside a pipeline of that many devices.

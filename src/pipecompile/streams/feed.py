@@ -105,7 +105,7 @@ class Feed:
             moved = bool(late)
             while (entry := self.entrance.first()) is not None and len(self.inside) < self.limit:
                 # Starting workers takes seconds, in which others must be able to offer: so never with the lock.
-                if not self._startable(entry) or not self.enter(entry):
+                if not self.engine.takes(entry.leaves) or not self.enter(entry):
                     break
                 self.entrance.pop()
                 moved = True
@@ -117,11 +117,7 @@ class Feed:
         """Whether a sample waits only for a free slot."""
         with self.changed:
             entry = self.entrance.first()
-            return entry is not None and len(self.inside) < self.limit and self._startable(entry)
-
-    def _startable(self, entry: Entry) -> bool:
-        session = self.engine.session
-        return session is not None and (entry.leaves is None or not self.engine.outgrows(entry.leaves))
+            return entry is not None and len(self.inside) < self.limit and self.engine.takes(entry.leaves)
 
     def prepare(self) -> None:
         """Start workers, or start them anew where weights moved or the next sample is larger, if nothing is inside."""

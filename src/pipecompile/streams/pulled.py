@@ -138,7 +138,7 @@ class _Run:
                 self._waiting = None
                 feed.drop(entry)
                 continue
-            fits = entry.leaves is None or not self._engine.outgrows(entry.leaves)
+            fits = self._engine.takes(entry.leaves)
             if not fits and not inside:
                 self._engine.ready(entry.leaves)
                 fits = True

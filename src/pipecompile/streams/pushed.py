@@ -43,6 +43,8 @@ class Pushed:
         """See :meth:`~pipecompile.InferencePipeline.submit`."""
         engine, feed = self._engine, self._feed
         engine.check()
+        if callback is not None and not callable(callback):  # pyright: ignore[reportUnnecessaryComparison]
+            raise InputError(f"callback={callback!r} is no function of a ticket")
         if isinstance(item, Sample):
             item, pts = item.value, item.pts if pts is None else pts
         leaves = engine.arguments.of_item(item)
@@ -119,10 +121,7 @@ class Pushed:
         while True:
             with self._changed:
                 while not feed.inside and not feed.entrance:
-                    if self._active:
-                        self._active = False
-                        self._engine.release()
-                        self._changed.notify_all()
+                    self._let_go()  # also of a submit() that Ctrl-C ended
                     waited = not self._engine.closed and self._changed.wait(_IDLE_SECONDS)
                     if not waited and not feed.entrance:
                         self._thread = None
@@ -161,6 +160,16 @@ class Pushed:
             due = self._feed.entrance.next_due()
         return max(0.0, due - clock()) + 0.001 if due < math.inf else 3600.0
 
+    def _let_go(self) -> None:
+        """Leave the pipeline to others when nothing is under way: before the last ticket is told.
+
+        Who has its result may then go on at once, with a call or a stream.
+        """
+        with self._changed:
+            if self._active and not self._feed.inside and not self._feed.entrance:
+                self._active = False
+                self._engine.release()
+
     def _settle(self, feed: Feed, entry: Entry) -> None:
         ticket = entry.ticket
         assert ticket is not None
@@ -169,11 +178,13 @@ class Pushed:
                 detailed = any(reader.records for reader in self._open_readers())
             feed.deliver(entry, detailed=detailed)
             ticket.state = "delivered"
+            self._let_go()
             self._tell(entry)
             ticket.set_result(entry.value)
         else:
             feed.fail(entry)
             ticket.state = "failed"
+            self._let_go()
             self._tell(entry)
             ticket.set_exception(entry.error)
         self._over()
@@ -185,6 +196,7 @@ class Pushed:
 
     def _turn_away(self, entry: Entry) -> None:
         assert entry.ticket is not None
+        self._let_go()
         entry.ticket.state = "dropped"
         entry.ticket.set_exception(entry.error)
         self._over()
@@ -204,6 +216,7 @@ class Pushed:
             feed.fail(entry)
             assert entry.ticket is not None
             entry.ticket.state = "failed"
+            self._let_go()
             self._tell(entry)
             entry.ticket.set_exception(error)
             self._over()

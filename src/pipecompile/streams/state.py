@@ -29,9 +29,16 @@ class State:
         self._pointers: list[int] = []
 
     def current(self) -> dict[str, torch.Tensor]:
-        """Placeholder name -> the tensor the model holds now."""
+        """Placeholder name -> the tensor the model holds now.
+
+        Raises:
+            InputError: if the model has none in its place any more.
+        """
         for name, home, key in self._homes:
-            self._tensors[name] = home[key]
+            tensor = home.get(key)
+            if tensor is None:
+                raise InputError(f"the model has no {name} any more (it was pruned, say): compile the model again")
+            self._tensors[name] = tensor
         return self._tensors
 
     def refreshed(self) -> dict[str, torch.Tensor]:
@@ -51,4 +58,7 @@ class State:
 
     def moved(self) -> bool:
         """Whether the model holds other storage than noted (``assign=True``, ``.double()``, ``.data =``)."""
-        return self._pointers != [home[key].data_ptr() for _, home, key in self._homes]
+        try:
+            return self._pointers != [home[key].data_ptr() for _, home, key in self._homes]
+        except (KeyError, AttributeError):  # gone, or None: `refreshed` has words for it
+            return True

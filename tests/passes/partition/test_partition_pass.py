@@ -215,6 +215,7 @@ def test_training_adds_the_backward_pass() -> None:
         ({"colocate": ["heads"]}, "no layer matches 'heads'; the nearest is 'head'"),
         ({"objective": "speed"}, "objective 'speed'"),
         ({"objective": ("throughput", 0.0)}, "objective"),
+        ({"objective": ("throughput", "fast")}, "objective"),
         ({"objective": ("throughput", 1.0)}, r"no plan has a latency of at most 1 s: the least is 5\.00\d+ s"),
     ],
 )

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 from pipecompile.errors import PlanError
 from pipecompile.ir.cluster import Cluster
@@ -117,8 +117,9 @@ class Partition:
             count = len(graph.layers) if groups == len(graph.layers) else groups
             what = f"{count} layer{'s' * (count != 1)}" if groups == len(graph.layers) else f"{count} part{'s' * (count != 1)} that can be parted"
             notes.append(f"{self.stages} devices asked for, but the model has {what}: {used} used")
-        kind, limit = self.objective if isinstance(self.objective, tuple) else (self.objective, inf)
-        if kind not in ("throughput", "latency") or not limit > 0:
+        goal: Any = self.objective
+        kind, limit = goal if isinstance(goal, tuple) and len(goal) == 2 else (goal, inf)
+        if kind not in ("throughput", "latency") or not (isinstance(limit, (int, float)) and limit > 0):
             raise PlanError(f"objective {self.objective!r}: 'throughput', 'latency', or one of them and a limit in seconds")
         return (
             replace(
