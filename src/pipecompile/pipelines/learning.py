@@ -67,7 +67,7 @@ class LearningPipeline(LearnsInPlace):
         self._every = snapshot_every if on_failure == "restart" else 0
         self._last: dict[str, Any] | None = None
         self._deaths, self._seen = 0, -1
-        self.restarts = self.relearned = 0
+        self.restarts = self.relearned = self.left_out = 0
         self._weights = ModelWeights(learn.package.state, learn.owned, tensors, model)
         self._state = LearnState(self._weights, model)
         self._learner: Learner | None = None
@@ -182,8 +182,9 @@ class LearningPipeline(LearnsInPlace):
                 with self._lock:
                     while more and not run.results:
                         more = self._turn(run)
-                    ready = [self._learned(run) for _ in range(len(run.results))]
-                yield from ready
+                    result = self._learned(run) if run.results else None
+                if result is not None:
+                    yield result
             if run.error is not None:
                 raise run.error
         finally:
@@ -196,12 +197,25 @@ class LearningPipeline(LearnsInPlace):
         try:
             while not self._closed and self._turn(run):
                 run.results.clear()
+            if self._learner is not None:
+                self._tell(self._learner.left_out())
         finally:
             if self._run is run:
                 self._counted, self._samples, self._run = self.counts, run.submitted, None
                 # What nobody took counts as dropped.
                 lost = self._counted.in_flight
                 self._counted = replace(self._counted, dropped=self._counted.dropped + lost, in_flight=0)
+
+    def _tell(self, left_out: Mapping[int, int]) -> None:
+        if not left_out:
+            return
+        self.left_out += sum(left_out.values())
+        each = ", ".join(f"{count} on device {device}" for device, count in sorted(left_out.items()))
+        warnings.warn(
+            f"updates whose gradients were NaN or infinite, though the loss was not, were left out: {each}",
+            PipecompileWarning,
+            stacklevel=4,
+        )
 
     def _turn(self, run: LearnRun) -> bool:
         try:
