@@ -30,6 +30,7 @@ from pipecompile.runtime.inline_learn import InlineLearner
 from pipecompile.runtime.learn import LearnOptions
 from pipecompile.runtime.learn_host import Learner
 from pipecompile.runtime.process_learn import ProcessLearner
+from pipecompile.runtime.update import settings_of
 from pipecompile.simulate.learn import simulate_learn
 from pipecompile.streams.engine import ExecutorName, OnFailure
 from pipecompile.streams.entrance import Options, Overload
@@ -144,8 +145,9 @@ class LearningPipeline(LearnsInPlace):
                 :meth:`pipecompile.InferencePipeline.stream`: ``"drop_oldest"``, ``"drop_newest"``,
                 ``"latest"``, ``"error"``. Targets go with their inputs; ``result.seq`` counts dropped
                 samples too. See :attr:`counts`.
-            max_waiting: how many may wait at the entrance; 8, or 1 for ``"latest"``, if None.
-            deadline: seconds after which a sample that still waits there is dropped.
+            max_waiting: how many may wait at the entrance; 8, or 1 for ``"latest"``, if None. Not for
+                ``"block"``, where none waits there.
+            deadline: seconds after which a sample that still waits there is dropped; not for ``"block"``.
 
         Raises:
             InputError: from ``next()``, naming the sample, if one does not fit; at once if another
@@ -155,7 +157,15 @@ class LearningPipeline(LearnsInPlace):
             Exception: what the source raised, after the results of all it gave before.
         """
         self._idle()
-        return self._results(samples, Options(on_overload, max_waiting, deadline))
+        if max_waiting is not None and max_waiting < 1:
+            raise InputError(f"max_waiting={max_waiting}: at least one sample must find room at the entrance")
+        options = Options(on_overload, max_waiting, deadline)
+        if on_overload == "block" and (max_waiting, deadline) != (None, None):
+            raise InputError(
+                "max_waiting= and deadline= are for samples that wait at the entrance; with on_overload='block' the "
+                "source is asked for one when there is room: choose another policy"
+            )
+        return self._results(samples, options)
 
     def _idle(self) -> None:
         with self._lock:
@@ -317,10 +327,14 @@ class LearningPipeline(LearnsInPlace):
         """Change settings of the optimizers from the next stream on: ``pipe.set_optimizer(lr=0.01)``.
 
         Raises:
-            InputError: if a stream is under way.
+            InputError: if a stream is under way, or there is no such setting.
         """
         with self._lock:
             self._idle()
+            known = settings_of(self._options.optimizer)
+            unknown = sorted(settings.keys() - known)
+            if unknown:
+                raise InputError(f"the optimizer has no {', '.join(unknown)}; there are {', '.join(sorted(known))}")
             self._state.set(settings, self._learner)
 
     def close(self) -> None:

@@ -114,8 +114,8 @@ class LearnDevice:
             while True:
                 at = (number % capacity) * 4
                 number += 1
-                log[at], log[at + 1], log[at + 3] = port.index, port.sample, 0.0
                 self._sample = port.sample + offset
+                log[at], log[at + 1], log[at + 3] = port.index, self._sample, 0.0
                 log[at + 2] = clock()
                 count[0] = number
                 try:

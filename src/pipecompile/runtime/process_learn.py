@@ -81,7 +81,7 @@ class ProcessLearner:
         try:
             for module in package.modules:
                 mine = tuple(e for e in package.program.edges if {e.source, e.target} & set(module.stages))
-                worker = Worker(module, ports_of(mine, module.stages))
+                worker = Worker(module, ports_of(mine, module.stages), "sample")
                 crew.workers.append(worker)
                 device = package.plan.cluster.devices[module.device]
                 sets = self._further(module)
