@@ -142,7 +142,7 @@ def compile(
         reduction: (train) how the loss is reduced where ``loss_fn`` does not say: ``"mean"``, ``"sum"``,
             or a function of a target that counts what its mean is over.
         example_targets: (train, learn) targets of the example, to measure the last stage with.
-        clip_norm: (train) the largest norm of all gradients together.
+        clip_norm: (train, learn) the largest norm of all gradients together; learning, of those of a stage.
         memory_limit: (train) bytes of activations a device may keep; ``schedule="auto"`` chooses within it.
         recompute: (train) ``"none"``; ``"stage"``: stages keep what they receive and compute the rest again
             for the backward; ``"auto"``: as few of them as ``memory_limit`` asks for.
@@ -156,7 +156,7 @@ def compile(
         clock: (learn) ``"1f1b"``, or ``"lockstep"``, PARTIME's, which doubles the delay.
         accumulate: (learn) samples of one update; None is 1, or as few as ``"2bw"`` needs.
         on_nonfinite: (learn) a loss that is not finite ends the pipeline (``"stop"``) or makes no
-            update (``"skip"``).
+            update and takes back what its sample did to buffers (``"skip"``).
         snapshot_every: (learn) with ``on_failure="restart"`` a snapshot is taken after so many samples, and
             samples are kept until the next: what followed the last snapshot is learned again.
         scale_lr: (learn) divide each stage's learning rate by 1 + its delay.

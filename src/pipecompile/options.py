@@ -97,6 +97,7 @@ class LearningOptions(EveryMode, LossAndOptimizer, total=False):
     example_targets: Any
     on_nonfinite: OnNonfinite
     scale_lr: bool
+    clip_norm: float | None
     on_failure: OnFailure
     snapshot_every: int
     seed: int

@@ -52,7 +52,7 @@ class Steps(nn.Module):
 
         piece.forward = forward
         weights = [name for name, _ in piece.named_parameters()]
-        return Part(weights, reads, lambda read, values: functional_call(piece, read, (values,)))
+        return Part(weights, reads, lambda read, values: functional_call(piece, read, (values,)), list(piece.buffers()))
 
 
 def run(owner: nn.Module, steps: dict[str, tuple[str, ...]], values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -33,12 +33,14 @@ Rule = Literal["sync", "weight_stashing", "2bw", "stale", "sideways"]
 class Part:
     """A stage. ``call(weights, values)`` gives what it makes of what it reads, by name.
 
-    The last stage makes ``output`` alone; ``weights`` are the names of the parameters it uses.
+    The last stage makes ``output`` alone; ``weights`` are the names of the parameters it uses, and
+    ``buffers`` the tensors that ``call`` writes to.
     """
 
     weights: list[str]
     reads: list[str]
     call: Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]]
+    buffers: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Run:
     losses: list[float | None] = field(default_factory=list)
     versions: list[tuple[int, ...]] = field(default_factory=list)
     gradients: list[dict[int, Gradients]] = field(default_factory=list)
+    left_out: int = 0  #: updates whose mean gradient was not finite
 
 
 def delays(stages: int, clock: str) -> list[int]:
@@ -66,16 +69,47 @@ def learn(
     late = [0] * count if rule == "sync" else [min(1, count - 1)] * count if rule == "2bw" else delays(count, clock)
     updates = Updates(model, parts, optimizer, accumulate, len(samples), late if scaled else [0] * count)
     if rule == "sideways":
-        return by_stages(parts, samples, loss_fn, updates, late, rule)
-    if rule in ("sync", "2bw"):
-        return in_groups(model, samples, loss_fn, updates, lag=late[0])
-    return at_composites(model, samples, loss_fn, updates, late, swap=rule == "stale")
+        run = by_stages(parts, samples, loss_fn, updates, late, rule)
+    elif rule == "sync":
+        ahead = [min(count - 1 - s, accumulate - 1) for s in range(count)]
+        run = in_groups(model, samples, loss_fn, updates, Buffers(parts, ahead, accumulate), lag=0)
+    elif rule == "2bw":
+        run = in_groups(model, samples, loss_fn, updates, Buffers(parts, delays(count, clock)), lag=late[0])
+    else:
+        buffers = Buffers(parts, late)
+        run = at_composites(model, samples, loss_fn, updates, late, buffers, swap=rule == "stale")
+    run.left_out = updates.left_out
+    return run
+
+
+class Buffers:
+    """What a sample that is skipped leaves in buffers: nothing, and what followed it until its backward is lost too.
+
+    A stage that is ``ahead`` by so many forwards has done them by then; with ``group`` never those of the next group.
+    """
+
+    def __init__(self, parts: Sequence[Part], ahead: Sequence[int], group: int = 1 << 60) -> None:
+        self.parts, self.ahead, self.group = parts, ahead, group
+        self.lost = [-1 for _ in parts]  # the last sample whose traces are gone
+        self.values: list[list[Tensor]] = []
+
+    def before(self) -> None:
+        self.values = [[buffer.clone() for buffer in part.buffers] for part in self.parts]
+
+    def after(self, k: int, skipped: bool) -> None:
+        for s, (part, values) in enumerate(zip(self.parts, self.values, strict=True)):
+            if skipped and k > self.lost[s]:
+                self.lost[s] = min(k + self.ahead[s], k - k % self.group + self.group - 1)
+            if k <= self.lost[s]:
+                for buffer, value in zip(part.buffers, values, strict=True):
+                    buffer.data.copy_(value)
 
 
 class Updates:
     """One optimizer a stage. After each n samples, and after the last, a step with the mean of their gradients.
 
-    A sample without a gradient (no target, or a loss that is not finite) counts for the n, not for the mean.
+    A sample without a gradient (no target, or a loss that is not finite) counts for the n, not for the mean. A
+    stage whose mean is not finite makes no step, and counts it.
     """
 
     def __init__(
@@ -88,6 +122,7 @@ class Updates:
         for each, delay in zip(self.optimizers, late, strict=True):
             for group in each.param_groups if each else []:
                 group["lr"] = group["lr"] / (1 + delay)
+        self.left_out = 0
         self.sums: list[Gradients] = [{} for _ in parts]
         self.found = [0 for _ in parts]
         self.before = [[0] for _ in parts]  #: before[s][k]: updates of stage s when the backward of k begins
@@ -106,14 +141,19 @@ class Updates:
                 total = sums.get(name)
                 p.grad = None if total is None else total / self.found[stage]
             optimizer = self.optimizers[stage]
-            if optimizer is not None:
+            grads = [p.grad for p in self.weights[stage].values() if p.grad is not None]
+            finite = all(bool(grad.isfinite().all()) for grad in grads)
+            self.left_out += not finite
+            if optimizer is not None and finite:
                 optimizer.step()
             sums.clear()
             self.found[stage], version = 0, version + 1
         self.before[stage].append(version)
 
 
-def in_groups(model: nn.Module, samples: Sequence[Sample], loss_fn: Loss, updates: Updates, lag: int) -> Run:
+def in_groups(
+    model: nn.Module, samples: Sequence[Sample], loss_fn: Loss, updates: Updates, buffers: Buffers, lag: int
+) -> Run:
     """Groups of n samples at the newest weights (``lag`` 0), or at those of one update before."""
     run, live = Run(), {name: p for weights in updates.weights for name, p in weights.items()}
     current = {name: p.detach().clone() for name, p in live.items()}
@@ -123,15 +163,16 @@ def in_groups(model: nn.Module, samples: Sequence[Sample], loss_fn: Loss, update
             read = {name: value.requires_grad_() for name, value in (previous if lag else current).items()}
             at = max(0, k - lag * updates.every)
             version = tuple(before[at] for before in updates.before)
-        loss = forward(model, read, sample, loss_fn, run)
+        loss = forward(model, read, sample, loss_fn, run, buffers)
         run.versions.append(version)
         backward(loss, read, updates, k, run)
     return run
 
 
 def at_composites(
-    model: nn.Module, samples: Sequence[Sample], loss_fn: Loss, updates: Updates, late: Sequence[int], swap: bool
-) -> Run:
+    model: nn.Module, samples: Sequence[Sample], loss_fn: Loss, updates: Updates, late: Sequence[int],
+    buffers: Buffers, swap: bool,
+) -> Run:  # fmt: skip
     """Sample k is evaluated with each stage as it was ``late[stage]`` samples ago."""
     run, live = Run(), {name: p for weights in updates.weights for name, p in weights.items()}
     delay = {name: d for weights, d in zip(updates.weights, late, strict=True) for name in weights}
@@ -140,7 +181,7 @@ def at_composites(
         past[k] = {name: p.detach().clone() for name, p in live.items()}
         past.pop(k - max(late) - 1, None)
         read = {name: past[max(0, k - d)][name].clone().requires_grad_() for name, d in delay.items()}
-        loss = forward(model, read, sample, loss_fn, run)
+        loss = forward(model, read, sample, loss_fn, run, buffers)
         run.versions.append(tuple(b[max(0, k - d)] for b, d in zip(updates.before, late, strict=True)))
         if swap:
             for name, value in read.items():
@@ -149,11 +190,16 @@ def at_composites(
     return run
 
 
-def forward(model: nn.Module, read: dict[str, Tensor], sample: Sample, loss_fn: Loss, run: Run) -> Tensor | None:
+def forward(
+    model: nn.Module, read: dict[str, Tensor], sample: Sample, loss_fn: Loss, run: Run, buffers: Buffers
+) -> Tensor | None:
     """The model at the weights ``read``; its loss if there is something to learn."""
     inputs, target = sample
+    buffers.before()
     output = functional_call(model, read, inputs)
-    return record(run, output, None if target is None else loss_fn(output, target))
+    loss = record(run, output, None if target is None else loss_fn(output, target))
+    buffers.after(len(run.outputs) - 1, skipped=loss is None and target is not None)
+    return loss
 
 
 def record(run: Run, output: Tensor, loss: Tensor | None) -> Tensor | None:
@@ -201,12 +247,15 @@ def by_stages(
     values = [{f"input{i}": value for i, value in enumerate(inputs)} for inputs, _ in samples]
     errors: list[dict[str, Tensor]] = [{} for _ in samples]
     graphs: list[dict[int, Graph]] = [{} for _ in parts]
+    before: list[dict[int, list[Tensor]]] = [{} for _ in parts]  # buffers, from before forwards
     learned = [False] * total  # whether the sample has a loss to learn from
     run.versions, run.gradients = [()] * total, [{} for _ in samples]
     done: set[tuple[int, str, int]] = set()
 
     def f(s: int, k: int) -> None:
         run.versions[k] += (updates.before[s][-1],)
+        if samples[k][1] is not None:
+            before[s][k] = [buffer.clone() for buffer in parts[s].buffers]
         own = rule == "weight_stashing"  # its own copy of the weights; else a view that sees later updates
         read = {n: (p.detach().clone() if own else p.data).requires_grad_() for n, p in updates.weights[s].items()}
         inputs = {name: values[k][name].detach() for name in parts[s].reads}
@@ -224,6 +273,11 @@ def by_stages(
             graphs[s] = {k: graphs[s][k]}
 
     def b(s: int, k: int) -> None:
+        old = before[s].pop(k, None)
+        if old is not None and not learned[k]:
+            before[s].clear()
+            for buffer, value in zip(parts[s].buffers, old, strict=True):
+                buffer.data.copy_(value)
         graph = graphs[s][max(graphs[s])] if rule == "sideways" else graphs[s].pop(k)
         if learned[k]:
             outs = [name for name, value in graph.made.items() if value.requires_grad and name in errors[k]]

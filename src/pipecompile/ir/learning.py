@@ -16,9 +16,12 @@ Updates = Literal["sync", "weight_stashing", "2bw", "stale", "sideways"]
 #: How far a stage runs ahead of its backward.
 Clock = Literal["1f1b", "lockstep"]
 
-#: Rides along with each sample from stage to stage: whether to take a snapshot after it, then the
-#: number of updates that the weights read by each stage's forward had had.
+#: Rides along with each sample from stage to stage: what is special about it (:data:`MARKED`,
+#: :data:`UNJUDGED`), then the number of updates that the weights read by each stage's forward had had.
 SLIP = ":slip"
+
+#: A snapshot is to be taken after this sample. This sample has no target, and so no loss that could be not finite.
+MARKED, UNJUDGED = 1, 2
 
 #: What became of a sample in the last stage: see :class:`Verdict`, then its loss.
 VERDICT = ":verdict"
@@ -140,9 +143,11 @@ class Outcome:
 
 __all__ = [
     "LEARNED",
+    "MARKED",
     "PREDICTED",
     "SKIPPED",
     "SLIP",
+    "UNJUDGED",
     "VERDICT",
     "Clock",
     "LearnPackage",

@@ -187,7 +187,8 @@ class _RunWriter:
             values = ", ".join(["sample", *(w.name(v) for v in model_values(edge)), *extra])
             lines += [f"yield {port}", f"{port}.put({values})"]
         if not self._learns:
-            lines += [*self._posts("sample"), "weights.passed(sample)", "weights.update()  # nothing to learn here"]
+            lines += [*self._posts("sample"), "weights.passed(sample, judged=False)  # no word comes back to here"]
+            lines += ["weights.update()  # nothing to learn either"]
         lines.append("return True")
         return ["def forward(sample):", *(f"    {line}" for line in lines)]
 

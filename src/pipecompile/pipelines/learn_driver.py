@@ -54,6 +54,7 @@ def compile_learning(
     example_targets: Any = None,
     on_nonfinite: OnNonfinite = "stop",
     scale_lr: bool = False,
+    clip_norm: float | None = None,
     on_failure: OnFailure = "raise",
     snapshot_every: int = 100,
     seed: int = 0,
@@ -69,6 +70,9 @@ def compile_learning(
 ) -> LearningPipeline:
     """See :func:`pipecompile.compile`; ``args`` and ``kwargs`` are one sample."""
     _check(updates, clock, accumulate, on_nonfinite, on_failure)
+    for name, value in (("loss_fn", loss_fn), ("optimizer", optimizer)):
+        if not callable(value):
+            raise InputError(f"{name}={value!r} is not callable: mode='learn' needs a loss and an optimizer to make")
     copies = weight_copies(optimizer)
     if snapshot_every < 1:
         raise InputError(f"snapshot_every={snapshot_every}: it counts samples, 1 or more")
@@ -128,7 +132,7 @@ def compile_learning(
         lambda target: package(target_spec(target)),
         traced.tensors,
         model,
-        LearnOptions(loss_fn, optimizer, seed, on_nonfinite, scale_lr),
+        LearnOptions(loss_fn, optimizer, seed, on_nonfinite, scale_lr, clip_norm),
         executor=executor,
         hang_seconds=hang_seconds,
         throttle=throttle,
@@ -195,7 +199,7 @@ def _check(updates: str, clock: str, accumulate: int | None, on_nonfinite: str, 
     ):
         if value not in choices:
             raise InputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
-    if accumulate is not None and not isinstance(accumulate, int):  # type: ignore[reportUnnecessaryIsInstance]
+    if isinstance(accumulate, bool) or not isinstance(accumulate, (int, type(None))):
         raise InputError(f"accumulate={accumulate!r}: it counts samples, 1 or more")
     if accumulate is not None and accumulate < 1:
         raise PlanError(f"accumulate={accumulate}: an update takes one sample at least")

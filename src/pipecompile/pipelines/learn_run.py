@@ -95,7 +95,7 @@ class LearnRun:
 
     def _submit(self, learner: Learner, sample: _Kept) -> None:
         if self._every and self._auto < 0 and (self.submitted - self._start) % self._every == self._every - 1:
-            self._auto = self.mark()
+            self._auto = self._mark()
         if not learner.submit(*sample, self.submitted in self._marks):
             self._wait(room=True)
             return
@@ -109,10 +109,11 @@ class LearnRun:
 
     def saved(self, stages: int) -> tuple[int, list[dict[str, Any]]] | None:
         """The parts of the snapshot last asked for by itself, once complete, and how many samples lie before it."""
-        parts = self.parts(self._auto, stages) if self._auto >= 0 else None
+        parts = self._found(self._auto, stages) if self._auto >= 0 else None
         if parts is None:
             return None
         samples, self._auto = self._auto + 1, -1
+        self._forget(samples - 1)
         while len(self._kept) > self.submitted - samples:
             self._kept.popleft()
         return samples, parts
@@ -125,7 +126,6 @@ class LearnRun:
         self._again, self._kept = deque((*self._kept, *self._again)), deque()
         self._known += self.taken - samples  # results that have been there before
         self.submitted = self.taken = samples
-        self._wanted.discard(self._auto)
         self._learner, self._waiting, self._fresh, self._ended, self._auto = None, None, True, False, -1
         self._marks = {number for number in self._wanted if number >= samples}
         self._parts.clear()
@@ -133,21 +133,35 @@ class LearnRun:
 
     def mark(self) -> int:
         """Ask for a snapshot after the next update whose last sample is yet to be handed over; its number."""
-        wanted = self.submitted + self._group - 1 - (self.submitted - self._start) % self._group
-        self._marks.add(wanted)
+        wanted = self._mark()
         self._wanted.add(wanted)
         return wanted
 
+    def _mark(self) -> int:
+        wanted = self.submitted + self._group - 1 - (self.submitted - self._start) % self._group
+        self._marks.add(wanted)
+        return wanted
+
     def parts(self, sample: int, stages: int) -> list[dict[str, Any]] | None:
-        """What all stages have to say of the snapshot after a sample, once they have."""
+        """What all stages have to say of the snapshot after a sample, once they have; to be asked for until then."""
+        found = self._found(sample, stages)
+        if found is not None:
+            self._wanted.discard(sample)
+            self._forget(sample)
+        return found
+
+    def _found(self, sample: int, stages: int) -> list[dict[str, Any]] | None:
         if self._learner is not None:
             found, self._learner.snapshots[:] = list(self._learner.snapshots), []
             for part in found:
                 self._parts.setdefault(part["sample"], []).append(part)
-        if len(self._parts.get(sample, ())) < stages:
-            return None
-        self._wanted.discard(sample)
-        return self._parts.pop(sample)
+        parts = self._parts.get(sample, [])
+        return parts if len(parts) == stages else None
+
+    def _forget(self, sample: int) -> None:
+        """Let the parts of a snapshot go, unless somebody else waits for the same one."""
+        if sample not in self._wanted and sample != self._auto:
+            self._parts.pop(sample, None)
 
     def stop(self) -> None:
         """Take nothing more from the source; what is inside is still computed."""

@@ -6,9 +6,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from pipecompile.errors import PipelineError
+from pipecompile.errors import InputError, PipelineError
 from pipecompile.pipelines.model_weights import ModelWeights
 from pipecompile.runtime.learn_host import Learner
 
@@ -48,9 +49,21 @@ class LearnState:
         }
 
     def put_back(self, snapshot: Mapping[str, Any], learner: Learner | None) -> None:
-        """Values of a snapshot: the model's at once, the optimizers' now or with the next learner."""
-        self._model.load_state_dict(snapshot["model"])
+        """Values of a snapshot: the model's at once, the optimizers' now or with the next learner.
+
+        Raises:
+            InputError: if it is none, or one of another model; nothing has been changed then.
+        """
+        missing = [name for name in ("model", "optimizer", "samples", "updates") if name not in snapshot]
+        if missing:
+            raise InputError(f"this is no snapshot, it has no {missing[0]!r}: give what pipe.snapshot() gave")
+        mine, theirs = self._model.state_dict(), snapshot["model"]
+        names = sorted(mine.keys() ^ theirs.keys())
+        names += [n for n in mine if n in theirs and torch.is_tensor(mine[n]) and mine[n].shape != theirs[n].shape]
+        if names:
+            raise InputError(f"this is a snapshot of another model: they differ in {', '.join(map(repr, names[:5]))}")
         state, (settings,) = self._weights.unpacked(snapshot["optimizer"])
+        self._model.load_state_dict(theirs)
         self._carried = state, settings, int(snapshot["updates"])
         if learner is not None:
             self.hand_over(learner)

@@ -30,6 +30,7 @@ from pipecompile.runtime.inline_learn import InlineLearner
 from pipecompile.runtime.learn import LearnOptions
 from pipecompile.runtime.learn_host import Learner
 from pipecompile.runtime.process_learn import ProcessLearner
+from pipecompile.runtime.update import settings_of
 from pipecompile.simulate.learn import simulate_learn
 from pipecompile.streams.engine import ExecutorName, OnFailure
 from pipecompile.streams.entrance import Options, Overload
@@ -67,7 +68,7 @@ class LearningPipeline(LearnsInPlace):
         self._every = snapshot_every if on_failure == "restart" else 0
         self._last: dict[str, Any] | None = None
         self._deaths, self._seen = 0, -1
-        self.restarts = self.relearned = 0
+        self.restarts = self.relearned = self.left_out = 0
         self._weights = ModelWeights(learn.package.state, learn.owned, tensors, model)
         self._state = LearnState(self._weights, model)
         self._learner: Learner | None = None
@@ -144,8 +145,9 @@ class LearningPipeline(LearnsInPlace):
                 :meth:`pipecompile.InferencePipeline.stream`: ``"drop_oldest"``, ``"drop_newest"``,
                 ``"latest"``, ``"error"``. Targets go with their inputs; ``result.seq`` counts dropped
                 samples too. See :attr:`counts`.
-            max_waiting: how many may wait at the entrance; 8, or 1 for ``"latest"``, if None.
-            deadline: seconds after which a sample that still waits there is dropped.
+            max_waiting: how many may wait at the entrance; 8, or 1 for ``"latest"``, if None. Not for
+                ``"block"``, where none waits there.
+            deadline: seconds after which a sample that still waits there is dropped; not for ``"block"``.
 
         Raises:
             InputError: from ``next()``, naming the sample, if one does not fit; at once if another
@@ -155,7 +157,15 @@ class LearningPipeline(LearnsInPlace):
             Exception: what the source raised, after the results of all it gave before.
         """
         self._idle()
-        return self._results(samples, Options(on_overload, max_waiting, deadline))
+        if max_waiting is not None and max_waiting < 1:
+            raise InputError(f"max_waiting={max_waiting}: at least one sample must find room at the entrance")
+        options = Options(on_overload, max_waiting, deadline)
+        if on_overload == "block" and (max_waiting, deadline) != (None, None):
+            raise InputError(
+                "max_waiting= and deadline= are for samples that wait at the entrance; with on_overload='block' the "
+                "source is asked for one when there is room: choose another policy"
+            )
+        return self._results(samples, options)
 
     def _idle(self) -> None:
         with self._lock:
@@ -182,8 +192,9 @@ class LearningPipeline(LearnsInPlace):
                 with self._lock:
                     while more and not run.results:
                         more = self._turn(run)
-                    ready = [self._learned(run) for _ in range(len(run.results))]
-                yield from ready
+                    result = self._learned(run) if run.results else None
+                if result is not None:
+                    yield result
             if run.error is not None:
                 raise run.error
         finally:
@@ -196,12 +207,25 @@ class LearningPipeline(LearnsInPlace):
         try:
             while not self._closed and self._turn(run):
                 run.results.clear()
+            if self._learner is not None:
+                self._tell(self._learner.left_out())
         finally:
             if self._run is run:
                 self._counted, self._samples, self._run = self.counts, run.submitted, None
                 # What nobody took counts as dropped.
                 lost = self._counted.in_flight
                 self._counted = replace(self._counted, dropped=self._counted.dropped + lost, in_flight=0)
+
+    def _tell(self, left_out: Mapping[int, int]) -> None:
+        if not left_out:
+            return
+        self.left_out += sum(left_out.values())
+        each = ", ".join(f"{count} on device {device}" for device, count in sorted(left_out.items()))
+        warnings.warn(
+            f"updates whose gradients were NaN or infinite, though the loss was not, were left out: {each}",
+            PipecompileWarning,
+            stacklevel=4,
+        )
 
     def _turn(self, run: LearnRun) -> bool:
         try:
@@ -303,10 +327,14 @@ class LearningPipeline(LearnsInPlace):
         """Change settings of the optimizers from the next stream on: ``pipe.set_optimizer(lr=0.01)``.
 
         Raises:
-            InputError: if a stream is under way.
+            InputError: if a stream is under way, or there is no such setting.
         """
         with self._lock:
             self._idle()
+            known = settings_of(self._options.optimizer)
+            unknown = sorted(settings.keys() - known)
+            if unknown:
+                raise InputError(f"the optimizer has no {', '.join(unknown)}; there are {', '.join(sorted(known))}")
             self._state.set(settings, self._learner)
 
     def close(self) -> None:

@@ -46,9 +46,7 @@ class InlineLearner:
                 for i, info in enumerate(ports_of(package.program.edges, module.stages))
             ]
             updates = LearnUpdates(learn.rule, learn.stages, module, learn.owned, weights, options)
-            link = LearnLink(
-                learn.rule, learn.stages, weights, ports, updates, options.seed, self.snapshots.append, mutated
-            )
+            link = LearnLink(learn.rule, learn.stages, weights, ports, updates, options, self.snapshots.append, mutated)
             if learn.stages - 1 in module.stages:
                 target = None if learn.target is None else learn.target.tree
                 link.judge = Judge(options, package.out_tree, target)
@@ -94,6 +92,10 @@ class InlineLearner:
     def running(self) -> bool:
         """See ``Learner``."""
         return self._running
+
+    def left_out(self) -> dict[int, int]:
+        """See ``Learner``."""
+        return {device.module.device: count for device in self._devices if (count := device.link.left_out())}
 
     def states(self) -> list[dict[str, Any]]:
         """See ``Learner``."""

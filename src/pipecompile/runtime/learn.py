@@ -14,6 +14,7 @@ from pipecompile.ir.package import DeviceModule
 from pipecompile.ir.tree import Tree, unflatten
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender
 from pipecompile.runtime.criterion import Criterion
+from pipecompile.runtime.learn_gradients import Gradients
 from pipecompile.runtime.learn_sets import Tensors
 from pipecompile.runtime.step import mask_seed
 from pipecompile.runtime.update import DeviceUpdates, LocalBoard, OptimizerFactory
@@ -25,13 +26,17 @@ OnNonfinite = Literal["stop", "skip"]
 
 @dataclass(frozen=True)
 class LearnOptions:
-    """What the devices need besides the package. ``scale_lr`` divides learning rates by 1 + delay."""
+    """What the devices need besides the package.
+
+    ``scale_lr`` divides learning rates by 1 + delay, ``clip_norm`` is the largest norm of the gradients of a stage.
+    """
 
     loss_fn: Callable[[Any, Any], Any]
     optimizer: OptimizerFactory
     seed: int = 0
     on_nonfinite: OnNonfinite = "stop"
     scale_lr: bool = False
+    clip_norm: float | None = None
 
 
 class LearnUpdates(DeviceUpdates):
@@ -83,13 +88,14 @@ class LearnLink:
         tensors: Mapping[str, torch.Tensor],
         ports: Sequence[RingReceiver | RingSender],
         updates: DeviceUpdates,
-        seed: int,
+        options: LearnOptions,
         snapshot: Callable[[dict[str, Any]], None],
         mutated: Collection[str],
         further: tuple[Callable[[], Tensors], Any] | None = None,
     ) -> None:
         self._further = further
-        self._rule, self._stages, self._tensors, self._updates, self._seed = rule, stages, tensors, updates, seed
+        self._rule, self._stages, self._tensors, self._updates = rule, stages, tensors, updates
+        self._options = options
         self._mutated = mutated
 
         def numbered(part: dict[str, Any]) -> None:
@@ -107,9 +113,11 @@ class LearnLink:
     def weights(self, stage: int, state: Sequence[str], trained: Sequence[str]) -> StageWeights:
         """The weights of a stage; those of the stream before, where there was one."""
         if self._weights is None:
+            skips = self._options.on_nonfinite == "skip"
             self._weights = StageWeights(
                 self._rule, stage, self._stages, self._tensors, state, trained, self._updates, self._snapshot,
-                mutated=self._mutated, further=self._further,
+                gradients=Gradients(self._options.clip_norm, skip=skips), mutated=self._mutated, undo=skips,
+                further=self._further,
             )  # fmt: skip
             self._weights.version = self._version
         self._weights.begin()
@@ -119,6 +127,10 @@ class LearnLink:
         """See :meth:`StageWeights.settle`; for a stream that has failed."""
         if self._weights is not None:
             self._weights.settle()
+
+    def left_out(self) -> int:
+        """How many updates were not made since this was last asked, because their gradients were not finite."""
+        return 0 if self._weights is None else self._weights.gradients.left_out()
 
     @property
     def version(self) -> int:
@@ -141,7 +153,7 @@ class LearnLink:
 
     def draw(self, message: int) -> Callable[[int], None]:
         """What seeds the random operators of a sample, by number."""
-        seed, sample, manual_seed = self._seed, message + self.offset, torch.default_generator.manual_seed
+        seed, sample, manual_seed = self._options.seed, message + self.offset, torch.default_generator.manual_seed
 
         def draw(op: int) -> None:
             manual_seed(mask_seed(seed, sample, 0, op))

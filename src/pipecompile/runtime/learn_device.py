@@ -82,7 +82,7 @@ class LearnDevice:
 
         word, sets = boot.sets.open()
         self._link = LearnLink(
-            boot.rule, boot.stages, tensors, ports, self._updates, boot.options.seed, snapshot, boot.mutated,
+            boot.rule, boot.stages, tensors, ports, self._updates, boot.options, snapshot, boot.mutated,
             (iter(sets).__next__, word),
         )  # fmt: skip
         if boot.stages - 1 in boot.module.stages:
@@ -102,8 +102,8 @@ class LearnDevice:
             module = self._module
             return ("error", str(step_error(error, module.filename, module.device, module.stages, where)))
 
-    def _do_learn(self, start: int, first: int) -> None:
-        """One stream, to its end."""
+    def _do_learn(self, start: int, first: int) -> int:
+        """One stream, to its end; how many updates were left out."""
         link, records = self._link, self._records
         link.offset = offset = first - start
         steps = self._run(link, start)
@@ -114,8 +114,8 @@ class LearnDevice:
             while True:
                 at = (number % capacity) * 4
                 number += 1
-                log[at], log[at + 1], log[at + 3] = port.index, port.sample, 0.0
                 self._sample = port.sample + offset
+                log[at], log[at + 1], log[at + 3] = port.index, self._sample, 0.0
                 log[at + 2] = clock()
                 count[0] = number
                 try:
@@ -125,7 +125,7 @@ class LearnDevice:
                 log[at + 3] = clock()
                 port = resume(value)
         except StopIteration:
-            return
+            return link.left_out()
 
     def _do_state(self) -> dict[str, Any]:
         updates = self._updates

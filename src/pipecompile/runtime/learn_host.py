@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pipecompile.ir.learning import SLIP, LearnPackage, LearnTimes, Outcome
+from pipecompile.ir.learning import MARKED, SLIP, UNJUDGED, LearnPackage, LearnTimes, Outcome
 from pipecompile.ir.program import HOST
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender, SampleFailed, clock
 
@@ -51,6 +51,10 @@ class Learner(Protocol):
         """Parts of snapshots that stages have made; the reader takes them out."""
         ...
 
+    def left_out(self) -> dict[int, int]:
+        """Device -> how many updates it left out because their gradients were not finite, since last asked."""
+        ...
+
     def states(self) -> list[dict[str, Any]]:
         """Per device, between streams: ``state`` and ``groups`` of its optimizers, and its ``version``."""
         ...
@@ -81,9 +85,7 @@ class LearnHost:
         self.receiver = receiver
         result = next(e for e in package.program.edges if e.kind == "result")
         self._where = [result.values.index(ref.name) for ref in package.outputs]
-        self._plain = torch.zeros(1 + learn.stages, dtype=torch.int64)
-        self._marked = self._plain.clone()
-        self._marked[0] = 1
+        self._slips = [torch.tensor([what] + [0] * learn.stages) for what in range((MARKED | UNJUDGED) + 1)]
         self.submitted = self.delivered = 0
         self._entered: deque[float] = deque()
         self._end = -1
@@ -107,7 +109,7 @@ class LearnHost:
         if not self.room():
             return False
         sample = self.submitted
-        slip = self._marked if snapshot else self._plain
+        slip = self._slips[MARKED * snapshot | UNJUDGED * (target is None)]
         with torch.no_grad():
             for sender, where, slips in self.inputs:
                 values = [leaves[i] for i in where]

@@ -61,6 +61,7 @@ class ProcessLearner:
         planned = max(stage.load for stage in learn.package.plan.stages)
         self._limit = max(_HANG_SECONDS, _HANG_FACTOR * planned) if hang_seconds is None else hang_seconds
         self.snapshots: list[dict[str, Any]] = []
+        self._left_out: dict[int, int] = {}
         self._sets: list[tuple[Any, list[Tensors], Tensors]] = []
         self._alarm, self._busy = SecondLook(), set[int]()
         self._channels: dict[int, Worker] = {}
@@ -80,7 +81,7 @@ class ProcessLearner:
         try:
             for module in package.modules:
                 mine = tuple(e for e in package.program.edges if {e.source, e.target} & set(module.stages))
-                worker = Worker(module, ports_of(mine, module.stages))
+                worker = Worker(module, ports_of(mine, module.stages), "sample")
                 crew.workers.append(worker)
                 device = package.plan.cluster.devices[module.device]
                 sets = self._further(module)
@@ -177,11 +178,14 @@ class ProcessLearner:
             self._watch(begun)
 
     def _hear(self, fd: int) -> None:
-        kind, value = self._answer(self._channels[fd])
+        worker = self._channels[fd]
+        kind, value = self._answer(worker)
         if kind == "snapshot":
             self.snapshots.append(unpacked_parts(value))
         else:
             self._busy.discard(fd)
+            if value:
+                self._left_out[worker.module.device] = value
 
     def _answer(self, worker: Worker) -> tuple[str, Any]:
         try:
@@ -209,6 +213,11 @@ class ProcessLearner:
     def running(self) -> bool:
         """See ``Learner``."""
         return bool(self._busy)
+
+    def left_out(self) -> dict[int, int]:
+        """See ``Learner``."""
+        found, self._left_out = self._left_out, {}
+        return found
 
     def states(self) -> list[dict[str, Any]]:
         """See ``Learner``."""

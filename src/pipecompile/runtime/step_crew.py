@@ -18,10 +18,10 @@ from pipecompile.runtime.records import Records, Wait
 
 
 class Worker:
-    """One process, its two sockets and its records."""
+    """One process, its two sockets and its records, which number what went through ports (``counted``)."""
 
-    def __init__(self, module: DeviceModule, ports: Sequence[PortInfo]) -> None:
-        self.module, self.ports = module, ports
+    def __init__(self, module: DeviceModule, ports: Sequence[PortInfo], counted: str = "message") -> None:
+        self.module, self.ports, self._counted = module, ports, counted
         self.records_fd = allocate("records", Records.nbytes(len(ports) + 1))
         self.records = Records(attach(self.records_fd), len(ports) + 1)
         self.control, self._their_control = socket.socketpair()
@@ -72,7 +72,7 @@ class Worker:
         if last is None:
             return "before its first message"
         where = str(self.ports[last.port]) if last.port >= 0 else "the norm of the gradients"
-        return f"{'after' if last.end else 'while'} waiting for {where} (message {last.sample})"
+        return f"{'after' if last.end else 'while'} waiting for {where} ({self._counted} {last.sample})"
 
     def stop(self) -> None:
         """Kill the process, reap it, close everything."""

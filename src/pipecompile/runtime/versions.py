@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from pipecompile.ir.learning import Rule
+from pipecompile.ir.learning import MARKED, UNJUDGED, Rule
+from pipecompile.runtime.learn_buffers import Buffers
+from pipecompile.runtime.learn_gradients import Gradients
 from pipecompile.runtime.learn_sets import Tensors, WeightSets
 from pipecompile.runtime.step import Sums
 from pipecompile.runtime.update import DeviceUpdates
@@ -132,7 +133,9 @@ class StageWeights:
         trained: those among them that have gradients.
         updates: the optimizer of the stage.
         snapshot: called with the state of the stage after a sample, where asked for.
+        gradients: what becomes of those of an update; taken as they are if None.
         mutated: names of the buffers that forwards write to.
+        undo: whether a sample that is skipped takes back what it did to them.
         further: where further sets of the weights lie, as :class:`WeightSets` wants it; anywhere if None.
     """
 
@@ -147,11 +150,15 @@ class StageWeights:
         updates: DeviceUpdates,
         snapshot: Callable[[dict[str, Any]], None],
         *,
+        gradients: Gradients | None = None,
         mutated: Collection[str] = (),
+        undo: bool = False,
         further: tuple[Callable[[], Tensors], Any] | None = None,
     ) -> None:
         self._stage, self._updates, self._snapshot = stage, updates, snapshot
-        self._tensors, self._mutated = tensors, [name for name in state if name in mutated]
+        self._tensors = tensors
+        self._buffers = Buffers(tensors, [name for name in state if name in mutated], undo)
+        self.gradients = gradients or Gradients(None, skip=False)
         self._plain = [tensors[name] for name in state]
         self._owned = updates.owned.get(stage, ())
         self._places = [list(state).index(name) for name in self._owned]
@@ -163,13 +170,15 @@ class StageWeights:
         self.sets = WeightSets(own) if further is None else WeightSets(own, *further)
         self._policy = _policy(rule, stage, stages, own, self.sets)
         self.version = 0
-        self._samples = 0
-        self._marked: _Mark | None = None
+        self._samples, self._learning = 0, False
+        self._marked: dict[int, bool] = {}  #: asked for after a sample -> whether that is through
         self._learns = bool(trained) or bool(self._owned)
 
     def begin(self) -> None:
         """A stream begins."""
         self._policy.begin()
+        self._buffers.begin()
+        self._marked.clear()
 
     def settle(self) -> None:
         """No sample is under way any more: the newest weights are in the model's own memory."""
@@ -177,12 +186,12 @@ class StageWeights:
 
     def read(self, sample: int, slip: torch.Tensor) -> tuple[Tensors, Tensors]:
         """All state for the forward of a sample, and what of it has gradients; the version goes onto the slip."""
-        if self._marked is not None:
-            self._marked.take(self._tensors, self._mutated)
         weights, version = self._policy.read(sample, self.version)
         slip[1 + self._stage] = version
-        if slip[0]:
-            self._marked = _Mark(sample)
+        special = int(slip[0])
+        if special & MARKED:
+            self._marked[sample] = False
+        self._buffers.forward(sample, marked=bool(special & MARKED), judged=not special & UNJUDGED)
         state = list(self._plain)
         for place, tensor in zip(self._places, weights, strict=True):
             state[place] = tensor
@@ -191,30 +200,32 @@ class StageWeights:
     def learned(self) -> None:
         """The gradients of one more sample are in ``sums``."""
         self._samples += 1
+        self._learning = True
 
-    def passed(self, sample: int) -> None:
-        """A sample needs nothing of this stage any more."""
+    def passed(self, sample: int, *, judged: bool = True) -> None:
+        """A sample needs nothing of this stage any more. ``judged``: unless it was learned from, it was skipped."""
         self._policy.passed(sample)
-        if self._marked is not None and self._marked.sample == sample:
-            self._marked.passed = True
+        self._buffers.passed(sample, learned=self._learning or not judged)
+        self._learning = False
+        if sample in self._marked:
+            self._marked[sample] = True
 
     def update(self) -> None:
-        """Apply the mean of the gradients since the last update, if there are any."""
+        """Apply the mean of the gradients since the last update, if there are any.
+
+        One that is left out, because they are not finite, counts: versions are the same in all stages.
+        """
         self._policy.updating(self.version, self._samples > 0)
         if self._samples:
-            if self._samples > 1:
-                for name, total in self.sums.values.items():
-                    self.sums.values[name] = total / self._samples
-            if self._owned:
+            if self._owned and self.gradients.ready(self.sums, self._samples, self._stage):
                 self._updates.update(self._stage, self.sums)
             self.sets.updated()
             self.version, self._samples = self.version + 1, 0
-        if self._marked is not None and self._marked.passed:
-            self._marked.take(self._tensors, self._mutated)
-            self._snapshot(self._state(self._marked))
-            self._marked = None
+        for sample in [number for number, passed in self._marked.items() if passed]:
+            del self._marked[sample]
+            self._snapshot(self._state(sample))
 
-    def _state(self, mark: _Mark) -> dict[str, Any]:
+    def _state(self, sample: int) -> dict[str, Any]:
         """A copy of what this stage has learned, with the buffers of the same sample."""
         tensors = {name: self._tensors[name].detach().clone() for name in self._owned}
         learned: dict[str, Any] = {}
@@ -224,21 +235,7 @@ class StageWeights:
                 "state": deepcopy(self._updates.state()),
                 "groups": self._updates.groups(),
             }
-        return {"sample": mark.sample, "tensors": {**tensors, **(mark.buffers or {})}, **learned}
-
-
-@dataclass
-class _Mark:
-    """A snapshot asked for: buffers after the forward of ``sample``, weights after its update."""
-
-    sample: int
-    passed: bool = False
-    buffers: dict[str, torch.Tensor] | None = None
-
-    def take(self, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
-        """Copy the buffers, before the next forward changes them."""
-        if self.buffers is None:
-            self.buffers = {name: tensors[name].detach().clone() for name in names}
+        return {"sample": sample, "tensors": {**tensors, **self._buffers.of(sample)}, **learned}
 
 
 def _policy(rule: Rule, stage: int, stages: int, weights: Tensors, sets: WeightSets) -> _Policy:
