@@ -130,6 +130,7 @@ def test_one_worker_with_threads_stands_for_choice_where_everything_is_to_be_cho
         (device,) = pipe.plan.cluster.devices
         assert (device.threads, device.core, pipe.micro_batches) == (2, None, 1)
         assert "micro_batches='auto' took 1 in one worker with 2 threads (gpipe" in pipe.plan.notes[-1]
+        assert "1 stage on cpu (2 threads)" in repr(pipe)
         assert float(pipe.train_step(x, y)) == pytest.approx(before.item(), rel=1e-12)
         assert torch.allclose(model[0].weight, start - 0.1 * wanted, rtol=1e-10)
     for more in ({"schedule": "1f1b"}, {"executor": "inline"}, {"throttle": {"0>1": Link()}}):

@@ -101,8 +101,9 @@ class Pipeline(nn.Module):
 
     def extra_repr(self) -> str:
         """Model, stages and devices."""
-        devices = ", ".join(device.name for device in self.plan.cluster.devices)
-        return f"{self.package.model}, {self.plan.shape} on {devices}"
+        devices = self.plan.cluster.devices
+        names = ", ".join(d.name if d.threads == 1 else f"{d.name} ({d.threads} threads)" for d in devices)
+        return f"{self.package.model}, {self.plan.shape} on {names}"
 
 
 class LearnsInPlace(Pipeline):

@@ -199,7 +199,7 @@ def _check(updates: str, clock: str, accumulate: int | None, on_nonfinite: str, 
     ):
         if value not in choices:
             raise InputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
-    if isinstance(accumulate, bool) or not isinstance(accumulate, (int, type(None))):
+    if isinstance(accumulate, bool) or not isinstance(accumulate, (int, type(None))):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"accumulate={accumulate!r}: it counts samples, 1 or more")
     if accumulate is not None and accumulate < 1:
         raise PlanError(f"accumulate={accumulate}: an update takes one sample at least")
