@@ -182,6 +182,12 @@ def _gain(other: str, pipes: dict[str, Any], rates: dict[str, list[float]]) -> s
     )
 
 
+def _chosen(pipe: Any) -> str:
+    """What ``auto`` took: a schedule and a number of micro-batches, or one worker with several threads."""
+    threads = pipe.plan.cluster.devices[0].threads
+    return f"{pipe.program.schedule}, {pipe.micro_batches}" if threads == 1 else f"one worker, {threads} threads"
+
+
 def main() -> None:
     """Print one table a model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -222,7 +228,7 @@ def main() -> None:
                 score = [f"{b:.3f}" for b in bootstrap(speed / limit)]
                 parts = [f"{b:.3f}" for b in bootstrap(np.array(values) / np.array(rates[_SMALL]) / limit)]
                 ratio = simulated.finishes[0] * float(np.median(values))
-                row[0] += f" ({pipe.program.schedule}, {pipe.micro_batches})" if candidate.startswith("auto") else ""
+                row[0] += f" ({_chosen(pipe)})" if candidate.startswith("auto") else ""
                 row += [f"{balance:.3f}", f"{own:.3f}", f"{score[0]} [{score[1]}, {score[2]}]"]
                 row += [f"{parts[0]} [{parts[1]}, {parts[2]}]", f"{ratio:.2f}"]
             table.add_row(*row)
