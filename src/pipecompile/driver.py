@@ -96,7 +96,8 @@ def compile(
         executor: ``"process"``, a pinned worker a device, or ``"inline"``, all in this process
             (slow; for debugging, breakpoints and tests).
         memory: bytes (or ``"2 GiB"``) each device may take, or a mapping by device name.
-        time_limit: seconds the planner may take; the best plan found until then is kept.
+        time_limit: seconds the planner may take; the best plan found until then is kept. In training, those of all
+            the plans it chooses from together, with half a second for each search at the least.
         profile_seconds: about how long to time the model.
         hang_seconds: how long a worker may compute one sample; max(2 s, 10 x profiled) if None.
         throttle: slow down edges (``{"0>1": Link(latency, bandwidth)}``): to try a slower network.

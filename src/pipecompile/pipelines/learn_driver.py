@@ -31,6 +31,7 @@ from pipecompile.passes.trace import Traced
 from pipecompile.passes.trace_step import TraceStep
 from pipecompile.passes.verify_learn import VerifyLearn
 from pipecompile.pipelines.learning import LearningPipeline
+from pipecompile.pipelines.search_time import SearchTime
 from pipecompile.pipelines.step_planner import ExampleLoss, StepPlanner, package_of, update_seconds
 from pipecompile.pipelines.train_driver import weight_copies
 from pipecompile.runtime.learn import LearnOptions, OnNonfinite
@@ -104,7 +105,7 @@ def compile_learning(
         LowerStep(ahead),
         Recompute(),
         MeasureStep(profile_seconds / 8),
-        time_limit,
+        SearchTime(time_limit),
         copies,
         list(tied.values()),
         update,

@@ -27,6 +27,7 @@ from pipecompile.passes.plan_step import PlanStep, step_schedule
 from pipecompile.passes.recompute import Recompute
 from pipecompile.passes.trace import Traced
 from pipecompile.passes.verify_step import VerifyStep
+from pipecompile.pipelines.search_time import SearchTime
 from pipecompile.runtime.criterion import full_precision
 from pipecompile.runtime.learn_sets import WeightSets
 from pipecompile.runtime.update import OptimizerFactory
@@ -53,7 +54,7 @@ class StepPlanner:
     lower: LowerStep
     recompute: Recompute
     measure_step: MeasureStep
-    time_limit: float
+    search: SearchTime
     copies: float = 2.0
     colocate: Sequence[Sequence[str]] = ()
     update: Callable[[int, int, Sequence[str]], float] | None = None
@@ -61,7 +62,8 @@ class StepPlanner:
 
     def candidate(self, name: str, profile: Profile) -> Candidate:
         """Cut, measure the stages, and cut again once if the slowest was predicted badly."""
-        first = self._attempt(name, profile)
+        seconds = self.search.share()
+        first = self._attempt(name, profile, seconds)
         totals = first.stage_seconds
         predicted = [max(stage.seconds, 1e-9) for stage in first.plan.stages]
         scale = sum(totals) / sum(predicted)
@@ -69,7 +71,7 @@ class StepPlanner:
         if len(totals) == 1 or abs(off[totals.index(max(totals))] - 1) <= _TOLERANCE:
             return first
         factors = {i: f for stage, f in zip(first.plan.stages, off, strict=True) for i in stage.layers}
-        again = self._attempt(name, profile.scaled(factors))
+        again = self._attempt(name, profile.scaled(factors), seconds)
         return min(first, again, key=lambda c: c.seconds if self.update is None else max(c.stage_seconds))
 
     def work(self, profile: Profile) -> float:
@@ -103,10 +105,11 @@ class StepPlanner:
         updates = [seconds(tuple(owned.get(s, ()))) for s in range(len(found.costs))]
         return found.costing([replace(cost, update=t) for cost, t in zip(found.costs, updates, strict=True)])
 
-    def _attempt(self, name: str, profile: Profile) -> Candidate:
+    def _attempt(self, name: str, profile: Profile, seconds: float) -> Candidate:
         graph = self.traced.graph
-        planner = PlanStep(name, self.time_limit, self.micro_batches, self.copies, self.colocate)
-        plan = planner.apply(graph, profile, self.cluster)
+        planner = PlanStep(name, seconds, self.micro_batches, self.copies, self.colocate)
+        with self.search.running():
+            plan = planner.apply(graph, profile, self.cluster)
         order = planner.program(plan, self.micro_batches)
         program = VerifyStep().apply(self.lower.apply(graph, plan, order, self.gradients))
         if (key := _key(name, plan)) not in self._measured:

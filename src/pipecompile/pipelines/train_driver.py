@@ -31,6 +31,7 @@ from pipecompile.passes.smaller_batches import SmallerBatches
 from pipecompile.passes.trace_step import TraceStep
 from pipecompile.pipelines.drop_in import FILL_AND_DRAIN
 from pipecompile.pipelines.param_groups import Groups, ModelGroups
+from pipecompile.pipelines.search_time import SearchTime
 from pipecompile.pipelines.step_planner import ExampleLoss, StepPlanner, package_of, update_seconds
 from pipecompile.pipelines.training import TrainingPipeline
 from pipecompile.runtime.batches import Reduction, batched_inputs, option, split_inputs, split_targets
@@ -107,6 +108,7 @@ def compile_training(
     half, choose = _autocast(autocast), ChooseStep(memory_limit)
     dtype = None if autocast is None else str(autocast).removeprefix("torch.")
     planners: dict[tuple[int, int], StepPlanner] = {}
+    search = SearchTime(time_limit, len(ways) * len(names))
 
     @cache
     def planned(index: int) -> tuple[StepPlanner, Profile, Callable[[tuple[str, ...]], float]]:
@@ -139,7 +141,7 @@ def compile_training(
             LowerStep(1 if ahead is None else ahead, drop_in, early=clip_norm is None and not check_finite),
             Recompute(recompute, memory_limit),
             MeasureStep(profile_seconds / 8, deferred_batch_norm, dtype),
-            time_limit,
+            search,
             copies,
         )
 
