@@ -66,7 +66,7 @@ def stream_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--rate",
             type=float,
             metavar="R",
-            help="Samples a second of arrays, pictures and random:N: their time stamps, and their pace with --realtime.",
+            help="Samples a second of arrays, pictures and random:N: for time stamps, and the pace of --realtime.",
         ),
         click.option(
             "--on-overload",
