@@ -85,8 +85,9 @@ class Arguments:
         args = self._tree.children[0].children
         if len(args) == 1 and flatten(item)[1] == args[0]:
             return self._flat((item,), {})
-        if isinstance(item, tuple):
-            return self._flat(item, {})
+        # Data loaders make lists of tuples; a model that takes one list means that list.
+        if isinstance(item, tuple) or (isinstance(item, list) and not (len(args) == 1 and args[0].kind == "list")):
+            return self._flat(tuple(item), {})
         if isinstance(item, Mapping):
             return self._flat((), item)
         return self._flat((item,), {})

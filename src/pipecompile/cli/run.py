@@ -30,7 +30,7 @@ _HELP = """Stream inputs through a compiled folder and say how fast that went.
 --input is one of
   random:N     N samples of the compiled shapes, the same every time
   frames.npy   an array: its first axis counts the samples; each is given the shape the model
-               was compiled for
+               was compiled for, as long as that keeps the order of its axes
   pictures/    a folder of pictures in the order of their names, resized, RGB, 0 to 1
   clip.mp4     any video PyAV reads: frames resized, RGB, 0 to 1
   camera:X     a live source: a device (camera:/dev/video0), a URL (camera:rtsp://...) or a
@@ -62,7 +62,12 @@ def stream_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--count", type=click.IntRange(min=1), metavar="N", help="Stop after N samples."),
         click.option("--realtime", is_flag=True, help="Pace a file at its own rate, as a live source."),
-        click.option("--rate", type=float, metavar="R", help="Samples a second of arrays, pictures and random:N."),
+        click.option(
+            "--rate",
+            type=float,
+            metavar="R",
+            help="Samples a second of arrays, pictures and random:N: for time stamps, and the pace of --realtime.",
+        ),
         click.option(
             "--on-overload",
             type=click.Choice(["block", "drop_oldest", "drop_newest", "latest", "error"]),

@@ -113,10 +113,10 @@ class InferencePipeline(Pipeline):
     ) -> Stream:
         """Results for a source of samples, in order, while later samples are already under way.
 
-        A sample is a tensor, a tuple of positional arguments, a dict of keyword arguments, or a
-        :class:`Sample` around one of these. A source whose attribute ``live`` is true is read by a
-        thread at its own pace, and only the newest sample waits (``latest``); any other is asked
-        for a sample when there is room (``block``).
+        A sample is a tensor, a tuple of positional arguments (or a list, as data loaders give), a dict
+        of keyword arguments, or a :class:`Sample` around one of these.
+        A source whose attribute ``live`` is true is read by a thread at its own pace, and only the
+        newest sample waits (``latest``); any other is asked for a sample when there is room (``block``).
 
         Args:
             source: an iterable of samples; read as far ahead as the rings or ``max_in_flight`` allow.

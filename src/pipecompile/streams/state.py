@@ -18,6 +18,7 @@ class State:
     def __init__(self, package: Package, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> None:
         self._tensors = dict(tensors)
         self._compiled = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        self._names = {entry.name: entry.fqn for entry in package.state}
         self._homes: list[tuple[str, dict[str, Any], str]] = []
         modules = dict(model.named_modules(remove_duplicate=False))
         for entry in package.state:
@@ -37,7 +38,9 @@ class State:
         for name, home, key in self._homes:
             tensor = home.get(key)
             if tensor is None:
-                raise InputError(f"the model has no {name} any more (it was pruned, say): compile the model again")
+                raise InputError(
+                    f"the model has no {self._names[name]} any more (it was pruned, say): compile the model again"
+                )
             self._tensors[name] = tensor
         return self._tensors
 
@@ -47,8 +50,8 @@ class State:
             shape, dtype = self._compiled[name]
             if tensor.shape != shape or tensor.dtype != dtype:
                 raise InputError(
-                    f"{name} is now {tuple(tensor.shape)} {tensor.dtype}, compiled as {tuple(shape)} {dtype}: "
-                    "compile the model again"
+                    f"{self._names[name]} is now {tuple(tensor.shape)} {tensor.dtype}, compiled as {tuple(shape)} "
+                    f"{dtype}: compile the model again"
                 )
         return self._tensors
 
