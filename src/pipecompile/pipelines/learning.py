@@ -134,16 +134,12 @@ class LearningPipeline(LearnsInPlace):
             InputError: if the file cannot be written.
         """
         from pipecompile.report.html import html
+        from pipecompile.report.page import write_page
 
         with self._lock:
             measured = None if self._learner is None or self._closed else self._learner.timeline()
-        target = Path(path)
-        try:
-            seen = measured if measured is not None and measured.finishes else None
-            target.write_text(html(self.package, self.simulate(), seen), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"cannot write {target}: {error.strerror or error}") from error
-        return target
+        seen = measured if measured is not None and measured.finishes else None
+        return write_page(path, html(self.package, self.simulate(), seen))
 
     @property
     def samples(self) -> int:
