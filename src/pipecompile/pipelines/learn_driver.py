@@ -71,9 +71,12 @@ def compile_learning(
 ) -> LearningPipeline:
     """See :func:`pipecompile.compile`; ``args`` and ``kwargs`` are one sample."""
     _check(updates, clock, accumulate, on_nonfinite, on_failure)
-    for name, value in (("loss_fn", loss_fn), ("optimizer", optimizer)):
-        if not callable(value):
-            raise InputError(f"{name}={value!r} is not callable: mode='learn' needs a loss and an optimizer to make")
+    if not callable(loss_fn):
+        raise InputError(f"loss_fn={loss_fn!r} is not callable: it is given a result and a target, and gives a scalar")
+    if optimizer is None:  # type: ignore[reportUnnecessaryComparison]
+        raise InputError(
+            "optimizer=None: mode='learn' updates with every sample; give functools.partial(torch.optim.SGD, lr=0.1)"
+        )
     copies = weight_copies(optimizer)
     if snapshot_every < 1:
         raise InputError(f"snapshot_every={snapshot_every}: it counts samples, 1 or more")
