@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from learners import learning, network, same, stream
-from pipecompile.errors import InputError, PipecompileWarning, StepError
+from pipecompile.errors import InputError, PipecompileWarning, PipelineClosed, StepError
 
 PLAIN = partial(torch.optim.SGD, lr=0.1)
 
@@ -100,11 +101,24 @@ def test_snapshots_asked_for_while_another_is_under_way() -> None:
     assert all(0 < ahead < 15 for ahead in taken)
 
 
-def test_results_that_nobody_took_are_not_delivered() -> None:
+def test_results_that_nobody_took_are_not_delivered_and_the_report_shows_what_was_measured(tmp_path: Path) -> None:
     with learning(network(), 2, executor="process") as pipe:
+        with pytest.raises(PipelineClosed, match="there is no timeline"):
+            pipe.timeline()
         results = pipe.learn(stream(40))
         assert [next(results).seq for _ in range(5)] == list(range(5))
         results.close()
         counts = pipe.counts
         assert (counts.delivered, counts.in_flight) == (5, 0)
-        assert counts.dropped == counts.submitted - 5 > 0
+        assert counts.dropped == counts.submitted - 5
+        list(pipe.learn(stream(10)))
+        measured, first = pipe.timeline(), counts.submitted
+        done = {(e.device, e.activity, e.sample) for e in measured.events if e.sample >= first and e.activity != "wait"}
+        assert {(d, a, k) for d in (0, 1) for a in ("F", "BW") for k in range(first, first + 10)} <= done
+        assert {a for _, a, _ in done} == {"F", "BW", "SEND", "STEP"}
+        assert len(measured.finishes) == pipe.samples
+        assert pipe.report(tmp_path / "learned.html").read_text(encoding="utf-8").count("measured") > 1
+    with learning(network(), 2) as pipe:
+        list(pipe.learn(stream(3)))
+        with pytest.raises(InputError, match="devices take turns there"):
+            pipe.timeline()

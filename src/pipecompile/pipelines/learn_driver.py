@@ -16,8 +16,9 @@ from pipecompile.errors import InputError, PipecompileWarning, PlanError
 from pipecompile.ir.cluster import Cluster, Link
 from pipecompile.ir.graph import ModelGraph, TensorSpec
 from pipecompile.ir.learning import Clock, LearnPackage, Rule, TargetSpec, Updates
+from pipecompile.ir.plan import Plan
 from pipecompile.ir.profile import Profile
-from pipecompile.ir.training import Gradients
+from pipecompile.ir.training import Gradients, StageCost
 from pipecompile.ir.tree import flatten
 from pipecompile.options import Progress, silent
 from pipecompile.passes.codegen_learn import CodegenLearn
@@ -71,9 +72,12 @@ def compile_learning(
 ) -> LearningPipeline:
     """See :func:`pipecompile.compile`; ``args`` and ``kwargs`` are one sample."""
     _check(updates, clock, accumulate, on_nonfinite, on_failure)
-    for name, value in (("loss_fn", loss_fn), ("optimizer", optimizer)):
-        if not callable(value):
-            raise InputError(f"{name}={value!r} is not callable: mode='learn' needs a loss and an optimizer to make")
+    if not callable(loss_fn):
+        raise InputError(f"loss_fn={loss_fn!r} is not callable: it is given a result and a target, and gives a scalar")
+    if optimizer is None:  # type: ignore[reportUnnecessaryComparison]
+        raise InputError(
+            "optimizer=None: mode='learn' updates with every sample; give functools.partial(torch.optim.SGD, lr=0.1)"
+        )
     copies = weight_copies(optimizer)
     if snapshot_every < 1:
         raise InputError(f"snapshot_every={snapshot_every}: it counts samples, 1 or more")
@@ -110,7 +114,7 @@ def compile_learning(
         list(tied.values()),
         update,
     ).candidate("1f1b", _with_updates(training_profile(graph, measured, gradients), traced, names, update(0, 1, names)))
-    plan = chosen.plan
+    plan = _as_measured(chosen.plan, chosen.costs)
     if len(plan.cluster.devices) < len(cluster.devices):
         warnings.warn("; ".join([*plan.notes, *map(_said, tied.items())]), PipecompileWarning, stacklevel=3)
     stages = len(plan.stages)
@@ -169,6 +173,13 @@ def _with_updates(profile: Profile, traced: Traced, trained: Collection[str], se
     each = seconds / max(1, sum(sizes))
     longer = tuple(before + size * each for before, size in zip(profile.seconds, sizes, strict=True))
     return replace(profile, seconds=longer, total=sum(longer))
+
+
+def _as_measured(plan: Plan, costs: Sequence[StageCost]) -> Plan:
+    """With what the stages were measured to take for a sample: forward, backward and update."""
+    seconds = [cost.forward + cost.backward + cost.update for cost in costs]
+    stages = [replace(stage, measured=each, alone=None) for stage, each in zip(plan.stages, seconds, strict=True)]
+    return replace(plan, stages=tuple(stages), total=sum(seconds))
 
 
 def _said(tied: tuple[str, tuple[str, ...]]) -> str:

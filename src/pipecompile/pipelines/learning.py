@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,6 +107,39 @@ class LearningPipeline(LearnsInPlace):
             self.program, self.costs, samples, self.plan.cluster.link, cluster=self.plan.cluster,
             throttle=self._watching["throttle"],
         )  # fmt: skip
+
+    def timeline(self) -> Timeline:
+        """What the workers did with the latest samples; also while learning goes on, until the pipeline is closed.
+
+        What a device does between its backward's result and its next message is called its update.
+
+        Raises:
+            PipelineClosed: if there are no workers (any more).
+            InputError: with ``executor="inline"``, where devices take turns and nothing is measured.
+        """
+        with self._lock:
+            if self._learner is None or self._closed:
+                raise PipelineClosed("no workers are there: there is no timeline")
+            measured = self._learner.timeline()
+        if measured is None:
+            raise InputError("executor='inline' measures nothing: devices take turns there")
+        return measured
+
+    def report(self, path: str | os.PathLike[str]) -> Path:
+        """Write a web page that shows the plan and, where something has been learned, predicted beside measured.
+
+        The page needs nothing else: no network and no script.
+
+        Raises:
+            InputError: if the file cannot be written.
+        """
+        from pipecompile.report.html import html
+        from pipecompile.report.page import write_page
+
+        with self._lock:
+            measured = None if self._learner is None or self._closed else self._learner.timeline()
+        seen = measured if measured is not None and measured.finishes else None
+        return write_page(path, html(self.package, self.simulate(), seen))
 
     @property
     def samples(self) -> int:

@@ -162,6 +162,10 @@ def _flow(timeline: Timeline) -> Flow:
     return Flow(count, timeline.throughput, statistics.median(middle), middle[int(0.99 * (len(middle) - 1))])
 
 
+#: What a stage computes for a sample: forward, backward and update where it learns.
+_COMPUTES = frozenset({"F", "B", "W", "BW", "STEP"})
+
+
 def _costs(timeline: Timeline) -> dict[int, Cost]:
     """Stage -> its cost in steady state."""
     samples = steady(timeline)
@@ -172,8 +176,9 @@ def _costs(timeline: Timeline) -> dict[int, Cost]:
     for event in timeline.events:
         if event.sample not in samples:
             continue
-        if event.activity == "F":
+        if event.activity in _COMPUTES:
             compute[event.stage][event.sample] += event.end - event.start
+        if event.activity == "F":
             begins[event.stage].append((event.sample, event.start))
             devices[event.stage].add(event.device)
         elif event.activity == "SEND":

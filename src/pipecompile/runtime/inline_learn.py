@@ -55,7 +55,7 @@ class InlineLearner:
     def begin(self, first: int) -> None:
         """See ``Learner``."""
         self._check()
-        self._host.begin()
+        self._host.begin(first)
         self._running = True
         with self._failing(), stage_mode(1), torch.random.fork_rng(devices=[]):
             for device in self._devices:
@@ -96,6 +96,9 @@ class InlineLearner:
     def left_out(self) -> dict[int, int]:
         """See ``Learner``."""
         return {device.module.device: count for device in self._devices if (count := device.link.left_out())}
+
+    def timeline(self) -> None:
+        """See ``Learner``."""
 
     def states(self) -> list[dict[str, Any]]:
         """See ``Learner``."""

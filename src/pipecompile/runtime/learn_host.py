@@ -10,7 +10,9 @@ import torch
 
 from pipecompile.ir.learning import MARKED, SLIP, UNJUDGED, LearnPackage, LearnTimes, Outcome
 from pipecompile.ir.program import HOST
+from pipecompile.ir.timeline import Timeline
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender, SampleFailed, clock
+from pipecompile.runtime.records import SAMPLES
 
 
 class Learner(Protocol):
@@ -55,6 +57,10 @@ class Learner(Protocol):
         """Device -> how many updates it left out because their gradients were not finite, since last asked."""
         ...
 
+    def timeline(self) -> Timeline | None:
+        """What was measured of the latest samples; None where devices take turns."""
+        ...
+
     def states(self) -> list[dict[str, Any]]:
         """Per device, between streams: ``state`` and ``groups`` of its optimizers, and its ``version``."""
         ...
@@ -88,7 +94,8 @@ class LearnHost:
         self._slips = [torch.tensor([what] + [0] * learn.stages) for what in range((MARKED | UNJUDGED) + 1)]
         self.submitted = self.delivered = 0
         self._entered: deque[float] = deque()
-        self._end = -1
+        self._times: deque[tuple[int, LearnTimes]] = deque(maxlen=SAMPLES)
+        self._end, self._offset = -1, 0
         receiver.post_all()
 
     @property
@@ -96,9 +103,14 @@ class LearnHost:
         """Whether the end of the stream has come out of the last stage."""
         return self._end >= 0 and self.delivered > self._end
 
-    def begin(self) -> None:
-        """A new stream."""
-        self._end = -1
+    def begin(self, first: int) -> None:
+        """A new stream, whose first sample has this number."""
+        self._end, self._offset = -1, first - self.submitted
+
+    def times(self) -> tuple[dict[int, float], dict[int, float]]:
+        """When the latest samples that are through entered and left, by number."""
+        known = list(self._times)
+        return {sample: each.entered for sample, each in known}, {sample: each.left for sample, each in known}
 
     def room(self) -> bool:
         """Whether every input ring has a posted slot."""
@@ -157,6 +169,7 @@ class LearnHost:
             return None
         slip, verdict = values[-2], values[-1]
         times = LearnTimes(self._entered.popleft(), clock())
+        self._times.append((sample + self._offset, times))
         outputs = [values[i] for i in self._where]
         return Outcome(outputs, int(verdict[0]), float(verdict[1]), tuple(slip[1:].tolist()), times)
 

@@ -7,6 +7,7 @@ import os
 import select
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pipecompile.ir.cluster import Link
 from pipecompile.ir.learning import LearnPackage, Outcome
 from pipecompile.ir.package import DeviceModule
 from pipecompile.ir.program import HOST
+from pipecompile.ir.timeline import Event, Timeline
 from pipecompile.runtime import numerics, pickled
 from pipecompile.runtime.arena import adopt
 from pipecompile.runtime.channels.link import ports_of
@@ -26,6 +28,7 @@ from pipecompile.runtime.learn import LearnOptions
 from pipecompile.runtime.learn_device import LearnBoot, unpacked_parts
 from pipecompile.runtime.learn_host import LearnHost
 from pipecompile.runtime.learn_sets import SharedSets, Tensors, fetch
+from pipecompile.runtime.records import DeviceRecord, timeline
 from pipecompile.runtime.second_look import SecondLook
 from pipecompile.runtime.step_crew import Crew, Deadlock, Worker, standstill
 
@@ -140,7 +143,7 @@ class ProcessLearner:
     def begin(self, first: int) -> None:
         """See ``Learner``."""
         self._check()
-        self._host.begin()
+        self._host.begin(first)
         self._busy = set(self._channels)
         self._guarded(lambda: [w.say(("learn", self._host.submitted, first)) for w in self._crew.workers])
 
@@ -218,6 +221,22 @@ class ProcessLearner:
         """See ``Learner``."""
         found, self._left_out = self._left_out, {}
         return found
+
+    def timeline(self) -> Timeline:
+        """See ``Learner``. What a device does after it has sent its gradients is called its update."""
+        records = [DeviceRecord(w.module.device, w.ports, w.records.all()) for w in self._crew.workers]
+        measured = timeline(records, *self._host.times())
+        edges = {edge.name: edge for edge in self._learn.package.program.edges}
+
+        def named(event: Event) -> Event:
+            if event.activity == "SEND" and edges[event.edge].backward:
+                return replace(event, activity="STEP", edge="")
+            if event.activity == "SEND" and edges[event.edge].kind == "result":
+                # The last stage goes back as soon as its result is under way.
+                return replace(event, activity="BW", edge="")
+            return event
+
+        return replace(measured, events=tuple(map(named, measured.events)))
 
     def states(self) -> list[dict[str, Any]]:
         """See ``Learner``."""

@@ -148,4 +148,4 @@ def _events(record: DeviceRecord, origin: float) -> Iterable[Event]:
         after = record.ports[following.port]
         # A stage with several inputs computes after the last of them.
         if not (after.receives and after.stage == port.stage and following.sample == wait.sample):
-            yield Event(record.device, port.stage, "F", wait.sample, end, until)
+            yield Event(record.device, port.stage, "BW" if port.edge.backward else "F", wait.sample, end, until)
