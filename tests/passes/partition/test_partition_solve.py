@@ -45,6 +45,9 @@ def optimal(problem: Problem, solver: SolverName = "auto") -> None:
     best = oracles.best_by_enumeration(problem)
     try:
         solution = solve(problem, time_limit=900.0, gap=0.0, solver=solver)
+        if any("still busy" in note for note in solution.notes):  # killed after seconds in which it was given no time
+            event("asked twice")
+            solution = solve(problem, time_limit=900.0, gap=0.0, solver=solver)
     except PlanError:
         event("impossible")
         assert best == oracles.INF
