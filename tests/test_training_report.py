@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from torch import nn
 
 from models.training import TRAINING
-from pipecompile.errors import InputError, PipelineClosed
+from pipecompile.errors import InputError, PipelineClosed, StepError
 from pipecompile.ir.program import COMPUTE, Op, Program
 from pipecompile.ir.timeline import Timeline
 from test_training import SGD, compiled, every_layer_alike
+from test_training_drop_in import dropped_in
 
 __all__ = ["every_layer_alike"]  # the fixture, for this file too
 
@@ -45,7 +47,10 @@ def ordered(program: Program, device: int) -> list[tuple[str, int, int]]:
 def test_what_was_measured_is_what_the_program_says(name: str, schedule: str, more: dict[str, Any]) -> None:
     job = TRAINING[name].make()
     with compiled(job, 2, schedule, SGD, **more) as pipe:
-        with pytest.raises(PipelineClosed, match="no step has run"):
+        with pytest.raises(InputError, match="no step has run"):
+            pipe.timeline()
+        pipe.set_optimizer(lr=0.05)  # starts what trains, and is no step
+        with pytest.raises(InputError, match="no step has run"):
             pipe.timeline()
         for _ in range(2):
             pipe.train_step(job.inputs, job.targets)
@@ -69,6 +74,8 @@ def test_what_was_measured_is_what_the_program_says(name: str, schedule: str, mo
                 if s.op is Op.SEND
             }
             assert sends == wanted
+    with pytest.raises(PipelineClosed, match="ask before close"):
+        pipe.timeline()
 
 
 def test_the_page_shows_one_step_and_before_it_what_is_expected(tmp_path: Path) -> None:
@@ -90,6 +97,35 @@ def test_the_page_shows_one_step_and_before_it_what_is_expected(tmp_path: Path) 
         with pytest.raises(InputError, match="cannot write"):
             pipe.report(tmp_path / "no" / "step.html")
     assert "no step has run" in pipe.report(tmp_path / "closed.html").read_text()
+
+
+def test_half_a_step_and_a_failed_one_have_no_timeline(tmp_path: Path) -> None:
+    job = TRAINING["resnet"].make()
+    for executor in ("inline", "process"):
+        with dropped_in(job, 2, "gpipe", executor=executor) as pipe:
+            result = pipe(*job.inputs)
+            with pytest.raises(InputError, match="waits for its backward"):
+                pipe.timeline()
+            assert "no step has run" in pipe.report(tmp_path / "half.html").read_text()
+            result.sum().backward()
+            assert pipe.timeline().finishes[0] > 0
+    with compiled(job, 2, "1f1b", SGD, executor="process", check_finite=True) as pipe:
+        pipe.train_step(job.inputs, job.targets)
+        with pytest.raises(StepError):
+            pipe.train_step(tuple(x * float("nan") for x in job.inputs), job.targets)
+        with pytest.raises(InputError, match="the latest failed"):
+            pipe.timeline()
+
+
+def test_timelines_are_asked_for_while_another_thread_trains() -> None:
+    job = TRAINING["mlp"].make()
+    with compiled(job, 2, "1f1b", SGD, executor="process") as pipe, ThreadPoolExecutor(1) as other:
+        pipe.train_step(job.inputs, job.targets)
+        losses = other.submit(lambda: [float(pipe.train_step(job.inputs, job.targets)) for _ in range(20)])
+        while not losses.done():
+            for device in range(2):
+                assert done(pipe.timeline(), device) == ordered(pipe.program, device)
+        assert len(losses.result()) == 20
 
 
 def test_one_worker_with_threads_is_drawn_too(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_what_cannot_be_below_the_best_is_not_planned() -> None:
     assert asked == [4, 8, 16]  # the first has nothing to be behind of
     assert planned == [2, 4, 16]
     assert chosen.program.micro_batches == 16
-    assert "8: 1e+09 ms if no device ever waited" in note
+    assert "8: not planned, 1e+09 ms if no device ever waited" in note
     best = min(c.seconds for c in split(2, 0.0, 0.1))
     for behind, count in ((1.17, 2), (1.19, 1)):  # what caches may be worth is granted
         planned.clear()
@@ -158,3 +158,20 @@ def test_a_pipeline_that_chose_trains_as_plain_pytorch_does() -> None:
         assert f"micro_batches='auto' took {pipe.micro_batches} (1f1b" in pipe.plan.notes[-1]
         assert float(pipe.train_step(x, y)) == pytest.approx(before.item(), rel=1e-12)
     assert torch.allclose(model[0].weight, start - 0.1 * wanted, rtol=1e-10)
+
+
+def test_a_model_too_big_for_one_device_is_counted_all_the_same() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(7)))
+    x = torch.randn(32, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PipecompileWarning)
+        pipe = pipecompile.compile(
+            model, (x,), mode="train", micro_batches="auto", schedule="auto", memory="260 KiB", loss_fn=nn.MSELoss(),
+            optimizer=functools.partial(torch.optim.SGD, lr=0.1), executor="inline", profile_seconds=0.02,
+        )  # fmt: skip
+    with pipe:
+        note = pipe.plan.notes[-1]
+        assert "bytes more than all devices" not in note, note
+        assert [count for count in (4, 8, 16) if f"{count}: " in note] == [4, 8, 16]
+        assert "the model needs" not in note, note

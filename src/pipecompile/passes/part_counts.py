@@ -60,7 +60,7 @@ def best_way(
     for index, name in enumerate(names):
         try:
             if best < math.inf and (bound := least(index)) * _FAR > best:
-                told.append(f"{name}: {bound * 1e3:.3g} ms if no device ever waited")
+                told.append(f"{name}: not planned, {bound * 1e3:.3g} ms if no device ever waited")
                 continue
             found = tried(index)
         except PipecompileError as error:

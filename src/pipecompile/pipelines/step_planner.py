@@ -76,7 +76,8 @@ class StepPlanner:
 
     def work(self, profile: Profile) -> float:
         """Seconds of all passes of a whole batch, updates not counted, where one device does everything."""
-        alone = replace(self, cluster=replace(self.cluster, devices=self.cluster.devices[:1]), recompute=Recompute())
+        one = replace(self.cluster.devices[0], memory=None)  # it need not fit: it is only timed
+        alone = replace(self, cluster=replace(self.cluster, devices=(one,)), recompute=Recompute())
         return alone.candidate("gpipe", profile).stage_seconds[0] * self.micro_batches
 
     def beside(self, found: Sequence[Candidate], budget: float) -> list[Candidate]:
@@ -85,19 +86,20 @@ class StepPlanner:
         Stages were timed alone. How much longer all that a device does for a micro-batch takes while the
         others do theirs is measured once, for about ``budget`` seconds a device, with the plan of the fastest.
         """
-        fastest = min(found, key=lambda candidate: candidate.seconds)
-        devices = fastest.plan.cluster.devices
-        if len(devices) == 1:
+        several = [candidate for candidate in found if len(candidate.plan.cluster.devices) > 1]
+        if not several:
             return list(found)
+        fastest = min(several, key=lambda candidate: candidate.seconds)
+        devices = fastest.plan.cluster.devices
         turns = self._measured[_key(fastest.name, fastest.plan)].turns
         cores = [devices[device.device].core for device in fastest.program.devices]
         try:
             factors = self.measure.slowdowns(turns, cores, budget)
-        except PipecompileError as error:
+        except (PipecompileError, OSError) as error:
             note = f"stages were timed alone only, not side by side: {error}"
             return [replace(c, plan=replace(c.plan, notes=(*c.plan.notes, note))) for c in found]
         longer = {device.device: factor for device, factor in zip(fastest.program.devices, factors, strict=True)}
-        return [candidate.slowed(longer) for candidate in found]
+        return [c.slowed(longer) if len(c.plan.cluster.devices) > 1 else c for c in found]
 
     def with_updates(self, found: Candidate, seconds: Callable[[tuple[str, ...]], float]) -> Candidate:
         """The candidate with what the update of each stage's own weights takes."""

@@ -163,8 +163,14 @@ def compile_training(
         planner, profile, update = planned(index)
         few, alone = len(planner.traced.graph.layers), len(planner.cluster.devices) == 1 and schedule == "auto"
         fitting = [name for name in names if schedule != "auto" or STEP_SCHEDULES[name].chunks <= few]
-        each = [planner.candidate(name, profile) for name in (["gpipe"] if alone else fitting)]
-        found = [planner.with_updates(candidate, update) for candidate in each]
+        found, errors = list[Candidate](), list[PlanError]()
+        for name in ["gpipe"] if alone else fitting:
+            try:
+                found.append(planner.with_updates(planner.candidate(name, profile), update))
+            except PlanError as error:  # one with more stages a device may not fit where another does
+                errors.append(error)
+        if not found:
+            raise errors[0]
         return found if executor == "inline" else planner.beside(found, profile_seconds / 8)
 
     chosen, notes = best_way([way.name for way in ways], least, tried, choose)

@@ -157,16 +157,28 @@ class TrainingPipeline(TrainingState):
         """What the devices did in the latest step, as measured; waits and messages only where they are processes.
 
         Raises:
-            PipelineClosed: if no step has run, or the workers that know have ended.
+            InputError: if the latest step is not over, failed, or there was none.
+            PipelineClosed: if the workers that know have ended.
         """
-        if self._trainer is None or self._trainer.closed:
-            raise PipelineClosed("no step has run in workers that still live: there is no timeline; ask before close()")
-        return step_timeline(self.program, self._trainer.spans())
+        if self._trainer is not None and self._trainer.closed:
+            raise PipelineClosed("the workers that know what the latest step was have ended: ask before close()")
+        found = self._latest()
+        if found is None:
+            raise InputError("there is no timeline: no step has run, or the latest failed or waits for its backward()")
+        return found
+
+    def _latest(self) -> Timeline | None:
+        """The latest step, if it was a whole one and its workers live."""
+        with self._lock:
+            trainer = self._trainer
+            spans = [] if trainer is None or trainer.closed else trainer.spans()
+            return step_timeline(self.program, spans) if spans else None
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write a self-contained HTML page: the latest step beside the predicted one, stages, transfers, notes.
 
-        Before the first step, and after ``close()``, it shows the prediction alone.
+        Where there is no whole step to show, as before the first and after ``close()``, it shows the prediction
+        alone. Predicted is a batch of the size of the example.
 
         Raises:
             InputError: if the file cannot be written.
@@ -174,9 +186,7 @@ class TrainingPipeline(TrainingState):
         from pipecompile.report.page import write_page
         from pipecompile.report.step_html import step_html
 
-        live = self._trainer is not None and not self._trainer.closed
-        page = step_html(self.package, self.simulate(), self.costs, self.timeline() if live else None)
-        return write_page(path, page)
+        return write_page(path, step_html(self.package, self.simulate(), self.costs, self._latest()))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result for a batch.

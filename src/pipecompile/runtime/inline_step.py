@@ -61,7 +61,7 @@ class Trainer(Protocol):
         ...
 
     def spans(self) -> list[DeviceSpans]:
-        """What each device did in the latest step."""
+        """What each device did in the latest step; nothing if that is not over, failed, or there was none."""
         ...
 
     def optimizer_state(self) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
@@ -86,7 +86,7 @@ class InlineTrainer:
 
     def __init__(self, step: StepPackage, weights: Mapping[str, torch.Tensor], training: Training) -> None:
         package = step.package
-        self.closed, self._done, self._pending = "", 0, False
+        self.closed, self._done, self._pending, self._whole = "", 0, False, False
         edges = [edge for edge in package.program.edges if edge.slots]
         room = bounds(package, None)
         local = {edge.name: LocalEdge(edge, room) for edge in edges}
@@ -137,6 +137,7 @@ class InlineTrainer:
         return self.gradients()
 
     def _begin(self, request: StepRequest) -> None:
+        self._whole = False
         if self.closed:
             raise PipelineClosed(f"this pipeline cannot be used any more: {self.closed}")
         if self._criterion is not None:
@@ -165,6 +166,7 @@ class InlineTrainer:
         outcomes = [device.outcome for device in self._devices]
         error = failure(outcomes)
         if error is None:
+            self._whole = True
             return outcomes
         if any(outcome.updated for outcome in outcomes):
             self.closed = f"it failed: {str(error).splitlines()[0]}"
@@ -196,7 +198,8 @@ class InlineTrainer:
 
     def spans(self) -> list[DeviceSpans]:
         """See :class:`Trainer`."""
-        return [DeviceSpans(device.number, list(device.link.spans.spans)) for device in self._devices]
+        found = [DeviceSpans(device.number, list(device.link.spans.spans)) for device in self._devices]
+        return found if self._whole else []
 
     @property
     def _optimizers(self) -> list[DeviceUpdates]:

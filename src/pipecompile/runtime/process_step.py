@@ -61,7 +61,7 @@ class ProcessTrainer:
             self._places = {name: torch.zeros_like(weights[name]).detach() for name in owned}
         self._gradients = adopt(self._places)
         self._answers: dict[int, Outcome] = {}
-        self._pending, self._alarm = False, SecondLook()
+        self._pending, self._whole, self._alarm = False, False, SecondLook()
         self._crew = crew = Crew()
         self._updating: list[Worker] = []
         self._finalizer = weakref.finalize(self, crew.stop)
@@ -166,6 +166,7 @@ class ProcessTrainer:
 
     def _begin(self, request: StepRequest) -> None:
         self._check()
+        self._whole = False
         last = len(self._step.package.plan.stages) - 1
         with self._closing():
             self._answers = {}
@@ -186,6 +187,7 @@ class ProcessTrainer:
             if error is not None and not any(outcome.updated for outcome in outcomes):
                 self._ask("roll_back")
         if error is None:
+            self._whole = True
             return outcomes
         if any(outcome.updated for outcome in outcomes):
             self._fail(error)
@@ -277,6 +279,8 @@ class ProcessTrainer:
 
     def spans(self) -> list[DeviceSpans]:
         """See ``Trainer``."""
+        if not self._whole:
+            return []
         answers = zip(self._crew.workers, self._ask("spans"), strict=True)
         return [
             DeviceSpans(worker.module.device, spans, waits, worker.ports, end)
