@@ -185,7 +185,10 @@ def _gain(other: str, pipes: dict[str, Any], rates: dict[str, list[float]]) -> s
 def _chosen(pipe: Any) -> str:
     """What ``auto`` took: a schedule and a number of micro-batches, or one worker with several threads."""
     threads = pipe.plan.cluster.devices[0].threads
-    return f"{pipe.program.schedule}, {pipe.micro_batches}" if threads == 1 else f"one worker, {threads} threads"
+    if threads > 1:
+        return f"one worker, {threads} threads"
+    shared = f", {pipe.plan.data_parallel} pipelines" if pipe.plan.data_parallel > 1 else ""
+    return f"{pipe.program.schedule}, {pipe.micro_batches}{shared}"
 
 
 def main() -> None:

@@ -134,8 +134,12 @@ def compile(
         schedule: (train) ``"gpipe"``, ``"1f1b"``, ``"interleaved"``, ``"breadth_first"``, ``"zb_h1"``,
             ``"zb_v"``, or ``"auto"``, which measures the stages and simulates all of them.
         micro_batches: (train) into how many parts a batch is split along dimension 0. ``"auto"`` tries one, two,
-            four and eight a device (or divisors of the batch close by) and takes the fastest by simulation within
-            ``memory_limit``; the plan's notes say what was considered.
+            four and eight a device (or divisors of the batch close by) and takes the fastest within ``memory_limit``:
+            by simulation, and where several are close, by trial in workers. The plan's notes say what was considered.
+        data_parallel: (train) how many equal pipelines share the devices and, in turn, the micro-batches of a step;
+            each has the whole model, every weight is updated once, by one of them. None: one; but where schedule
+            and micro_batches are ``"auto"``, a pipeline on each device is tried, too. Not for models that write to
+            buffers, such as running statistics.
         dynamic_batch: (train) batches may be smaller than the example, such as the last one of an epoch: they make
             fewer micro-batches. So it is without it where ``micro_batches`` does not divide the example batch.
         autocast: (train) ``torch.bfloat16``: stages compute under torch's autocast, as the model would in plain

@@ -75,6 +75,7 @@ class TrainingOptions(EveryMode, total=False):
     param_groups: Groups | None
     schedule: ScheduleName
     micro_batches: int | Literal["auto"]
+    data_parallel: int | None
     dynamic_batch: bool
     autocast: torch.dtype | None
     reduction: Reduction
@@ -156,6 +157,7 @@ _VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "hang_seconds": (_real, "a number of seconds above 0"),
     "time_limit": (_seconds, "a number of seconds, 0 or more"),
     "colocate": (_patterns, "a list of patterns of layer names, or of lists of them"),
+    "data_parallel": (lambda value: isinstance(value, int), "a whole number of pipelines"),
     "micro_batches": (lambda value: isinstance(value, int) or value == "auto", "a whole number or 'auto'"),
     "snapshot_every": (lambda value: isinstance(value, int), "a whole number of samples"),
     "seed": (lambda value: isinstance(value, int), "a whole number"),

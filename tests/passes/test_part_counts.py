@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,12 +13,21 @@ import torch
 from torch import nn
 
 import pipecompile
-from pipecompile.errors import PipecompileWarning, PlanError, TraceError
+from pipecompile.clusters import make_cluster
+from pipecompile.errors import PipecompileWarning, PlanError, TraceError, WorkerDied
 from pipecompile.ir.cluster import Cluster, Device, Link
+from pipecompile.ir.plan import Plan
 from pipecompile.ir.training import StageCost
+from pipecompile.ir.tree import flatten
+from pipecompile.passes import part_counts as part_counts_module
 from pipecompile.passes.choose_step import Candidate, ChooseStep
+from pipecompile.passes.lower_step import LowerStep
 from pipecompile.passes.part_counts import best_way, part_counts
+from pipecompile.passes.recompute import Recompute
+from pipecompile.pipelines import step_search
+from pipecompile.pipelines.step_search import StepSearch, Way
 from pipecompile.pipelines.train_driver import compile_training
+from pipecompile.runtime.training import Training
 from pipecompile.schedules.training import STEP_SCHEDULES
 from test_choose_step import candidate
 
@@ -54,7 +65,7 @@ def no_bound(_: int) -> float:
 @pytest.mark.parametrize(("fixed", "wanted"), [(0.0, 16), (0.5, 2)])
 def test_many_small_parts_or_few_large_ones(fixed: float, wanted: int) -> None:
     counts = [2, 4, 8, 16]
-    chosen, (note,) = best_way(list(map(str, counts)), no_bound, lambda i: split(counts[i], fixed, 0.1), ChooseStep())
+    _, chosen, (note,) = best_way(list(map(str, counts)), no_bound, lambda i: split(counts[i], fixed, 0.1), ChooseStep())
     every = [c for count in counts for c in split(count, fixed, 0.1)]
     assert chosen.seconds == min(c.seconds for c in every)
     assert chosen.program.micro_batches == wanted
@@ -69,10 +80,10 @@ def test_the_limit_counts_over_all_numbers_and_what_fails_is_told() -> None:
             raise TraceError("sizes are baked")
         return split(counts[i], 0.5, 0.1)
 
-    free, _ = best_way(list(map(str, counts)), no_bound, tried, ChooseStep())
+    _, free, _ = best_way(list(map(str, counts)), no_bound, tried, ChooseStep())
     assert free.program.micro_batches == 2
     limit = min(c.memory for c in split(2, 0.5, 0.1)) - 1
-    tight, (note,) = best_way(list(map(str, counts)), no_bound, tried, ChooseStep(limit))
+    _, tight, (note,) = best_way(list(map(str, counts)), no_bound, tried, ChooseStep(limit))
     assert tight.program.micro_batches == 4
     assert tight.memory <= limit
     assert f"within {limit:,} bytes" in note
@@ -100,7 +111,7 @@ def test_what_cannot_be_below_the_best_is_not_planned() -> None:
         planned.append(counts[i])
         return split(counts[i], 0.0, 0.1)
 
-    chosen, (note,) = best_way(list(map(str, counts)), least, tried, ChooseStep())
+    _, chosen, (note,) = best_way(list(map(str, counts)), least, tried, ChooseStep())
     assert asked == [4, 8, 16]  # the first has nothing to be behind of
     assert planned == [2, 4, 16]
     assert chosen.program.micro_batches == 16
@@ -112,9 +123,36 @@ def test_what_cannot_be_below_the_best_is_not_planned() -> None:
         assert len(planned) == count
 
 
-def test_one_worker_with_threads_stands_for_choice_where_everything_is_to_be_chosen(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_close_by_simulation_is_raced_and_the_fastest_taken() -> None:
+    counts, asked = [2, 4, 8], list[list[int]]()
+
+    def raced(close: Sequence[tuple[int, Candidate]]) -> list[float]:
+        asked.append([counts[i] for i, _ in close])
+        assert [c.seconds for _, c in close] == sorted(c.seconds for _, c in close)
+        return [2.0, 1.0, 3.0]
+
+    def best(fixed: float, limit: int | None = None) -> tuple[int, Candidate, str]:
+        tried: Any = lambda i: split(counts[i], fixed, 0.1)  # noqa: E731
+        index, chosen, (note,) = best_way(list(map(str, counts)), no_bound, tried, ChooseStep(limit), raced)
+        return index, chosen, note
+
+    index, chosen, note = best(0.0)
+    assert (counts[index], chosen.program.micro_batches) == (asked[0][1], asked[0][1])
+    assert f"took {asked[0][1]} ({chosen.name}, 1e+03 ms a step by trial)" in note
+    assert f"in workers, taking turns: {asked[0][0]} (" in note
+    best(5.0)  # all others are far behind: nothing to race
+    assert len(asked) == 1
+
+    def broken(_: Any) -> list[float]:
+        raise WorkerDied("device 0 ended")
+
+    _, chosen, (note,) = best_way(["2", "4"], no_bound, lambda i: split(counts[i], 0.0, 0.1), ChooseStep(), broken)
+    assert "not tried in workers: device 0 ended" in note
+    assert "by simulation" in note
+
+
+@pytest.mark.parametrize("best", ["one worker", "copies", "pipeline"])
+def test_where_everything_is_to_be_chosen_it_is_tried(best: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)).double()
     x, y = torch.randn(12, 6).double(), torch.randint(3, (12,))
@@ -124,19 +162,57 @@ def test_one_worker_with_threads_stands_for_choice_where_everything_is_to_be_cho
     options: Any = {"micro_batches": "auto", "loss_fn": nn.CrossEntropyLoss(), "profile_seconds": 0.01}
     options |= {"optimizer": functools.partial(torch.optim.SGD, lr=0.1), "executor": "process"}
     cluster = Cluster((Device("cpu:0"), Device("cpu:1")))
-    # Whatever is measured: all on one worker, as on a machine where that is fastest.
-    monkeypatch.setattr(ChooseStep, "apply", lambda _, found: min(found, key=lambda c: len(c.plan.cluster.devices)))
+
+    def kind(plan: Plan) -> str:
+        return "one worker" if len(plan.cluster.devices) == 1 else "copies" if plan.data_parallel > 1 else "pipeline"
+
+    def measured(steps: Any, *_: Any) -> list[float]:  # whatever the machine says: as if this one were fastest
+        return [float(kind(step.package.plan) != best) for step, _ in steps]
+
+    monkeypatch.setattr(step_search, "step_seconds", measured)
+    monkeypatch.setattr(part_counts_module, "_CLOSE", float("inf"))
+    monkeypatch.setattr(part_counts_module, "_RACED", 100)
+    monkeypatch.setattr(part_counts_module, "_FAR", 0.0)
     with compile_training(model, (x,), {}, cluster, threads=2, **options) as pipe:
-        (device,) = pipe.plan.cluster.devices
-        assert (device.threads, device.core, pipe.micro_batches) == (2, None, 1)
-        assert "micro_batches='auto' took 1 in one worker with 2 threads (gpipe" in pipe.plan.notes[-1]
-        assert "1 stage on cpu (2 threads)" in repr(pipe)
+        assert kind(pipe.plan) == best
+        first, *_ = pipe.plan.cluster.devices
+        if best == "one worker":
+            assert (first.threads, first.core, pipe.micro_batches) == (2, None, 1)
+            assert "micro_batches='auto' took 1 in one worker with 2 threads (1f1b" in pipe.plan.notes[-1]
+            assert "1 stage on cpu (2 threads)" in repr(pipe)
+        if best == "copies":
+            assert f"took {pipe.micro_batches} in 2 data-parallel pipelines (1f1b" in pipe.plan.notes[-1]
+            assert "2 pipelines of 1 stage" in repr(pipe)
         assert float(pipe.train_step(x, y)) == pytest.approx(before.item(), rel=1e-12)
         assert torch.allclose(model[0].weight, start - 0.1 * wanted, rtol=1e-10)
+
+
+def test_where_something_is_given_only_what_goes_with_it_is_tried() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh()), torch.randn(12, 6)
+    options: Any = {"micro_batches": "auto", "loss_fn": nn.MSELoss(), "profile_seconds": 0.01}
+    options |= {"optimizer": functools.partial(torch.optim.SGD, lr=0.1), "executor": "process"}
+    cluster = Cluster((Device("cpu:0"), Device("cpu:1")))
     for more in ({"schedule": "1f1b"}, {"executor": "inline"}, {"throttle": {"0>1": Link()}}):
         with compile_training(model, (x,), {}, cluster, threads=2, **options | more) as pipe:
             assert [device.threads for device in pipe.plan.cluster.devices] == [1, 1]
-            assert "worker" not in pipe.plan.notes[-1]
+            assert pipe.plan.data_parallel == 1
+            assert "worker with" not in pipe.plan.notes[-1]
+
+
+def test_a_trial_runs_in_workers_and_leaves_the_model_alone() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+    x, start = torch.randn(8, 6), copy.deepcopy(model.state_dict())
+    search = StepSearch(
+        model, [x], flatten(((x,), {}))[1], (True,), 8, [Way(make_cluster(2), 2, shared) for shared in (1, 2)],
+        ["1f1b"], False, Training(nn.MSELoss(), functools.partial(torch.optim.SGD, lr=0.1)), None, 2.0,
+        LowerStep(), Recompute(), profile_seconds=0.02,
+    )  # fmt: skip
+    found = [(index, search.tried(index)[0]) for index in (0, 1)]
+    times = search.raced(found)
+    assert len(times) == 2
+    assert all(0 < seconds < 10 for seconds in times)
+    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
 
 
 def test_a_pipeline_that_chose_trains_as_plain_pytorch_does() -> None:

@@ -46,6 +46,8 @@ class Plan:
     ``objective`` is the predicted value in seconds of what was minimised, ``goal``: the largest
     load of a device (``throughput``), or one sample's time through all stages (``latency``).
     ``bound`` is the proved lower bound of it over all plans. ``memory`` is predicted bytes by device.
+
+    For training the stages may be those of ``data_parallel`` equal pipelines, one after the other.
     """
 
     stages: tuple[Stage, ...]
@@ -59,6 +61,32 @@ class Plan:
     notes: tuple[str, ...] = ()
     goal: str = "throughput"
     memory: tuple[float, ...] = ()
+    data_parallel: int = 1
+
+    @property
+    def pipeline(self) -> tuple[Stage, ...]:
+        """The stages of one pipeline: all of them, or of several equal ones the first's."""
+        return self.stages[: len(self.stages) // self.data_parallel]
+
+    def repeated(self, data_parallel: int, cluster: Cluster) -> Plan:
+        """So many pipelines like this one, each on as many further devices of ``cluster`` as this one uses."""
+        stages, devices = len(self.stages), 1 + max(stage.device for stage in self.stages)
+        return replace(
+            self,
+            stages=tuple(
+                replace(stage, index=stage.index + k * stages, device=stage.device + k * devices)
+                for k in range(data_parallel)
+                for stage in self.stages
+            ),
+            cluster=replace(self.cluster, devices=cluster.devices[: devices * data_parallel]),
+            total=self.total * data_parallel,
+            memory=self.memory * data_parallel,
+            data_parallel=data_parallel,
+        )
+
+    def ends(self, stage: int) -> bool:
+        """Whether a stage is the last of its pipeline."""
+        return stage % len(self.pipeline) == len(self.pipeline) - 1
 
     @property
     def gap(self) -> float:
@@ -82,6 +110,9 @@ class Plan:
     @property
     def shape(self) -> str:
         """How many stages and copies of them, in words: ``2 stages``, ``2 replicas``, ``2 stages (1 + 3 devices)``."""
+        if self.data_parallel > 1:
+            one = replace(self, stages=self.pipeline, data_parallel=1)
+            return f"{self.data_parallel} pipelines of {one.shape}"
         copies = [len(stage.devices) for stage in self.stages]
         if max(copies) == 1:
             return f"{len(copies)} stage{'s' * (len(copies) > 1)}"

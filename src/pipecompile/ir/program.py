@@ -23,6 +23,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from pipecompile.errors import ProgramError
+from pipecompile.ir.deal import Deal
 from pipecompile.ir.graph import TensorSpec
 
 #: The caller's side of the pipeline, as the source or target of an edge.
@@ -197,11 +198,17 @@ class DeviceProgram:
 
 @dataclass(frozen=True)
 class Program:
-    """What every device does, in order. Read by verify, simulate, codegen and report."""
+    """What every device does, in order. Read by verify, simulate, codegen and report.
+
+    A training step may be that of ``data_parallel`` equal pipelines with equal weights, which are dealt the
+    micro-batches in turn. With ``n`` stages each, those of pipeline ``k`` are numbered from ``k * n`` on; each
+    pipeline counts its micro-batches from 0.
+    """
 
     devices: tuple[DeviceProgram, ...]
     edges: tuple[Edge, ...]
     schedule: str = "stream"
+    data_parallel: int = 1
 
     @property
     def closed(self) -> bool:
@@ -210,8 +217,13 @@ class Program:
 
     @property
     def micro_batches(self) -> int:
-        """How many micro-batches a closed program computes."""
+        """How many micro-batches a closed program computes; of data-parallel pipelines, each of them."""
         return 1 + max((s.sample for d in self.devices for s in d.warm_up if s.op in COMPUTE), default=-1)
+
+    def deal(self, stage: int) -> Deal:
+        """Which micro-batches of a step the pipeline of a stage is dealt."""
+        every = sum(len(device.stages) for device in self.devices) // self.data_parallel
+        return Deal(stage // every, self.data_parallel)
 
     def edge(self, name: str) -> Edge:
         """The edge of that name.
@@ -265,6 +277,7 @@ class Program:
         """As JSON data; instructions in text form."""
         return {
             "schedule": self.schedule,
+            "data_parallel": self.data_parallel,
             "devices": [
                 {
                     "device": d.device,
@@ -304,6 +317,7 @@ class Program:
             ),
             tuple(_edge_from_json(e) for e in data["edges"]),
             data["schedule"],
+            data.get("data_parallel", 1),
         )
 
 

@@ -37,7 +37,7 @@ class StepPackage:
     @property
     def micro_batches(self) -> int:
         """How many micro-batches a step has; that of a smaller batch may have fewer."""
-        return self.package.program.micro_batches
+        return self.package.program.micro_batches * self.package.program.data_parallel
 
     @property
     def sizes(self) -> tuple[int, int]:

@@ -34,6 +34,10 @@ class LowerStep:
 
     The model's outputs go to the last stage, which computes the loss; or, with ``to_caller``,
     from where they are made to the caller, who sends their gradients back once all have come.
+
+    Of data-parallel pipelines each is lowered alike. Their weights are tied like any others: every weight has one
+    owner, to whom the others send their gradients, and who alone updates it; each pipeline owns about as many bytes
+    (as in ZeRO's first stage, Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054).
     """
 
     ahead: int = 1
@@ -43,15 +47,16 @@ class LowerStep:
     def apply(self, graph: ModelGraph, plan: Plan, program: Program, gradients: Gradients) -> Program:
         """The program with activations, gradients and tied weights as edges, and a STEP for each stage.
 
-        Values that have gradients send them back along every edge that carries them. A stage that needs no
-        backward has its B and W removed.
+        ``program`` is the order of one pipeline. Values that have gradients send them back along every edge
+        that carries them. A stage that needs no backward has its B and W removed.
 
         Raises:
             ProgramError: as :func:`pipecompile.passes.lower.crossings`.
         """
-        forward = _edges(graph, crossings(graph, plan)) if self.to_caller else activations(graph, plan)
+        one = replace(plan, stages=plan.pipeline, data_parallel=1)
+        forward = _edges(graph, crossings(graph, one)) if self.to_caller else activations(graph, one)
         users = weight_users(graph, plan, gradients.weights)
-        learns = learning_stages(users, forward, gradients.values)
+        learns = learning_stages(weight_users(graph, one, gradients.weights), forward, gradients.values)
         backward = [
             Edge(
                 e.target, e.source, values, tuple(gradient_spec(graph.values[v]) for v in values), 0, 0,
@@ -63,10 +68,15 @@ class LowerStep:
         device_of = {stage: device.device for device in program.devices for stage in device.stages}
         timeline = step_ticks(program)
         ends = {Instruction(Op(e.activity), e.stage, e.sample): e.end for e in timeline.events if e.activity in COMPUTE}
-        edges = [self._sized(edge, program, device_of, ends) for edge in (*forward, *backward)]
-        edges += _tied(gradients.weights, users, device_of)
-        devices = (self._device(device, edges, learns, owners(users)) for device in program.devices)
-        return Program(tuple(devices), tuple(edges), program.schedule)
+        sized = [self._sized(edge, program, device_of, ends) for edge in (*forward, *backward)]
+        starts = [k * len(one.stages) for k in range(plan.data_parallel)]
+        edges = [_later(edge, start) for start in starts for edge in sized]
+        learns = {stage + start for start in starts for stage in learns}
+        devices = [_moved(device, k, plan) for k in range(plan.data_parallel) for device in program.devices]
+        everywhere = {stage: device.device for device in devices for stage in device.stages}
+        edges += _tied(gradients.weights, users, everywhere)
+        lowered = (self._device(device, edges, learns, owners(users)) for device in devices)
+        return Program(tuple(lowered), tuple(edges), program.schedule, plan.data_parallel)
 
     def _sized(self, edge: Edge, program: Program, device_of: dict[int, int], ends: dict[Instruction, float]) -> Edge:
         """With enough slots that no sender waits when all work takes unit time; none within a device.
@@ -125,6 +135,20 @@ class LowerStep:
         return DeviceProgram(device.device, device.stages, tuple(steps), ())
 
 
+def _later(edge: Edge, stages: int) -> Edge:
+    """The same edge of a pipeline whose stages are numbered from there on."""
+    source, target = (end if end == HOST else end + stages for end in (edge.source, edge.target))
+    return replace(edge, source=source, target=target)
+
+
+def _moved(device: DeviceProgram, pipeline: int, plan: Plan) -> DeviceProgram:
+    """What a device of the first pipeline does, as the one in its place in another does it."""
+    stages = pipeline * len(plan.pipeline)
+    steps = tuple(replace(step, stage=step.stage + stages) for step in device.warm_up)
+    number = plan.stages[device.stages[0] + stages].device
+    return replace(device, device=number, stages=tuple(s + stages for s in device.stages), warm_up=steps)
+
+
 def activations(graph: ModelGraph, plan: Plan) -> list[Edge]:
     """Edges for what stages read, from stage to stage and from the caller; outputs go to the last stage."""
     last = len(plan.stages) - 1
@@ -149,14 +173,16 @@ def _edges(graph: ModelGraph, found: Mapping[tuple[int, int], Iterable[str]]) ->
 
 
 def weight_users(graph: ModelGraph, plan: Plan, trained: Collection[str]) -> dict[str, list[int]]:
-    """Trained weight -> the stages that use it, in order; the first of them owns it."""
+    """Trained weight -> the stages that use it, the one that owns it first, the others in order.
+
+    It is the first of its pipeline; of several pipelines, the one that so far owns least.
+    """
     users: defaultdict[str, set[int]] = defaultdict(set)
     for stage in plan.stages:
         for layer in stage.layers:
             for name in graph.layers[layer].state:
                 if name in trained:
                     users[name].add(stage.index)
-    last = plan.stages[-1].index
     results = {ref.name for ref in graph.outputs}
     wanted = [node for node in graph.graph.nodes if node.name in results and node.name in graph.free]
     # The last stage computes these from its weights, as code generation does.
@@ -164,8 +190,17 @@ def weight_users(graph: ModelGraph, plan: Plan, trained: Collection[str]) -> dic
     names = [ref.name for ref in graph.outputs if ref.kind == "state"]
     for name in (*names, *(arg.name for node in made for arg in node.all_input_nodes)):
         if name in trained:
-            users[name].add(last)
-    return {name: sorted(users[name]) for name in (e.name for e in graph.state) if name in users}
+            users[name] |= {stage.index for stage in plan.stages if plan.ends(stage.index)}
+    found = {name: sorted(users[name]) for name in (e.name for e in graph.state) if name in users}
+    if plan.data_parallel == 1:
+        return found
+    nbytes, owned = {entry.name: entry.nbytes for entry in graph.state}, [0] * plan.data_parallel
+    for name in sorted(found, key=lambda name: -nbytes[name]):
+        pipeline = min(range(plan.data_parallel), key=lambda k: owned[k])
+        owned[pipeline] += nbytes[name]
+        owner = next(s for s in found[name] if s // len(plan.pipeline) == pipeline)
+        found[name] = [owner, *(s for s in found[name] if s != owner)]
+    return found
 
 
 def owners(users: dict[str, list[int]]) -> dict[int, list[str]]:

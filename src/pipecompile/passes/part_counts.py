@@ -20,6 +20,9 @@ _NEAR = 1.3
 #: Stages may run faster than their share of the whole model, by what caches hold of their weights and do not of all.
 _FAR = 0.85
 
+#: What a simulation says is so much longer than the best at the most may still be faster; and how many are raced.
+_CLOSE, _RACED = 1.25, 4
+
 
 def part_counts(batch: int, devices: int) -> list[int]:
     """The numbers worth trying: one, two, four and eight micro-batches a device, of two samples at least.
@@ -42,20 +45,22 @@ def best_way(
     least: Callable[[int], float],
     tried: Callable[[int], Sequence[Candidate]],
     choose: ChooseStep,
-) -> tuple[Candidate, tuple[str, ...]]:
-    """The best candidate of all ways, and a note of what was considered where there were several.
+    raced: Callable[[Sequence[tuple[int, Candidate]]], Sequence[float]] | None = None,
+) -> tuple[int, Candidate, tuple[str, ...]]:
+    """The way and its candidate that are best of all, and a note of what was considered where there were several.
 
     A way is a number of micro-batches on some devices; ``names`` say which. Of the way at an index ``least`` gives
     the seconds that no schedule can be far below, and ``tried`` the candidates, asked for only where the first does
-    not rule them out. A way that cannot be compiled is left out as long as another can.
+    not rule them out. A way that cannot be compiled is left out as long as another can. Those that come close to
+    the best by simulation are ``raced``, which gives measured seconds of a step of each.
 
     Raises:
         PlanError: if no candidate fits.
         PipecompileError: what the first way raises, if none can be compiled.
     """
     if len(names) == 1:
-        return choose.apply(tried(0)), ()
-    candidates, told = list[tuple[str, Candidate]](), list[str]()
+        return 0, choose.apply(tried(0)), ()
+    candidates, told = list[tuple[int, Candidate]](), list[str]()
     errors, best = list[PipecompileError](), math.inf
     for index, name in enumerate(names):
         try:
@@ -67,19 +72,40 @@ def best_way(
             errors.append(error)
             told.append(f"{name}: {str(error).splitlines()[0]}")
             continue
-        candidates += [(name, candidate) for candidate in found]
+        candidates += [(index, candidate) for candidate in found]
         best = min([best, *(c.seconds for c in found if choose.fits(c))])
         fastest = min(found, key=lambda c: c.seconds)
         told.append(f"{name}: {fastest.seconds * 1e3:.3g} ms ({fastest.name}), keeps {fastest.memory:,} bytes")
     if not candidates:
         raise errors[0]
     chosen = choose.apply([candidate for _, candidate in candidates])
-    taken = next(name for name, candidate in candidates if candidate is chosen)
+    index, how, seconds = next(i for i, c in candidates if c is chosen), "simulation", chosen.seconds
+    close = _close(candidates, choose)
+    if raced is not None and len(close) > 1:
+        try:
+            times = raced(close)
+        except (PipecompileError, OSError) as error:
+            told.append(f"not tried in workers: {str(error).splitlines()[0]}")
+        else:
+            tries = [f"{names[i]} ({c.name}) {t * 1e3:.3g} ms" for (i, c), t in zip(close, times, strict=True)]
+            told.append(f"in workers, taking turns: {', '.join(tries)}")
+            seconds, place = min((t, place) for place, t in enumerate(times))
+            (index, chosen), how = close[place], "trial"
     within = "" if choose.memory_limit is None else f" within {choose.memory_limit:,} bytes"
-    return chosen, (
-        f"micro_batches='auto' took {taken} ({chosen.name}, {chosen.seconds * 1e3:.3g} ms a step by "
-        f"simulation{within}); the fastest schedule of each number was {'; '.join(told)}",
+    return index, chosen, (
+        f"micro_batches='auto' took {names[index]} ({chosen.name}, {seconds * 1e3:.3g} ms a step by {how}{within}); "
+        f"the fastest schedule of each number was {'; '.join(told)}",
     )
+
+
+def _close(candidates: Sequence[tuple[int, Candidate]], choose: ChooseStep) -> list[tuple[int, Candidate]]:
+    """The best of each way that fits and is near the best of all by simulation, the best first."""
+    best: dict[int, Candidate] = {}
+    for index, candidate in candidates:
+        if choose.fits(candidate) and (index not in best or candidate.seconds < best[index].seconds):
+            best[index] = candidate
+    order = sorted(best.items(), key=lambda item: item[1].seconds)
+    return [item for item in order if item[1].seconds <= _CLOSE * order[0][1].seconds][:_RACED]
 
 
 __all__ = ["best_way", "part_counts"]

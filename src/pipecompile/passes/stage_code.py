@@ -109,8 +109,7 @@ class StageWriter:
         graph, edges = self.emit.model, self.program.edges
         forward = [e for e in edges if e.forward]
         own = {v for i in self.plan.stages[self.stage].layers for v in graph.layers[i].makes}
-        final = self.stage == len(self.plan.stages) - 1
-        self.last = final and not any(e.target == HOST for e in forward)  # else the caller computes the loss
+        self.last = self.plan.ends(self.stage) and not any(e.target == HOST for e in forward)  # else the caller computes the loss
         self.reads = list(dict.fromkeys(v for e in forward if e.target == self.stage for v in model_values(e)))
         makes = [v for e in forward if e.source == self.stage for v in model_values(e)]
         if self.last:

@@ -17,7 +17,7 @@ from pipecompile.ir.measure import Measure
 from pipecompile.ir.package import DeviceModule, Package
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.profile import Profile
-from pipecompile.ir.program import Program
+from pipecompile.ir.program import COMPUTE, Program
 from pipecompile.ir.training import Gradients
 from pipecompile.ir.tree import Tree, unflatten
 from pipecompile.passes.choose_step import Candidate
@@ -91,7 +91,7 @@ class StepPlanner:
             return list(found)
         fastest = min(several, key=lambda candidate: candidate.seconds)
         devices = fastest.plan.cluster.devices
-        turns = self._measured[_key(fastest.name, fastest.plan)].turns
+        turns = self._measured[_key(fastest.name, fastest.plan)].turns * fastest.plan.data_parallel
         cores = [devices[device.device].core for device in fastest.program.devices]
         try:
             factors = self.measure.slowdowns(turns, cores, budget)
@@ -100,6 +100,19 @@ class StepPlanner:
             return [replace(c, plan=replace(c.plan, notes=(*c.plan.notes, note))) for c in found]
         longer = {device.device: factor for device, factor in zip(fastest.program.devices, factors, strict=True)}
         return [c.slowed(longer) if len(c.plan.cluster.devices) > 1 else c for c in found]
+
+    def repeated(self, found: Candidate, data_parallel: int, cluster: Cluster) -> Candidate:
+        """So many pipelines like a candidate's, on the devices of ``cluster``."""
+        if data_parallel == 1:
+            return found
+        plan = found.plan.repeated(data_parallel, cluster)
+        computing = (
+            replace(device, warm_up=tuple(step for step in device.warm_up if step.op in COMPUTE))
+            for device in found.program.devices
+        )
+        order = replace(found.program, devices=tuple(computing), edges=())
+        program = VerifyStep().apply(self.lower.apply(self.traced.graph, plan, order, self.gradients))
+        return replace(found, plan=plan, program=program, costs=found.costs * data_parallel)
 
     def with_updates(self, found: Candidate, seconds: Callable[[tuple[str, ...]], float]) -> Candidate:
         """The candidate with what the update of each stage's own weights takes."""
@@ -136,7 +149,7 @@ class StepPlanner:
 
 def _key(name: str, plan: Plan) -> Any:
     """What plans have in common for which one measurement of the stages holds."""
-    return tuple(stage.layers for stage in plan.stages), step_schedule(name).splits
+    return tuple(stage.layers for stage in plan.pipeline), step_schedule(name).splits
 
 
 @dataclass(frozen=True)

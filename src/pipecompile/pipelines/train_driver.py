@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from pipecompile.eager import eager_models
 from pipecompile.errors import InputError, PipecompileWarning, PlanError
-from pipecompile.ir.cluster import Cluster, Device, Link
-from pipecompile.ir.profile import Profile
-from pipecompile.ir.training import StepPackage
-from pipecompile.ir.tree import Tree, flatten, unflatten
+from pipecompile.ir.cluster import Cluster, Link
+from pipecompile.ir.tree import flatten
 from pipecompile.options import Progress, silent
-from pipecompile.passes.choose_step import Candidate, ChooseStep
-from pipecompile.passes.codegen_step import CodegenStep
-from pipecompile.passes.lower_step import LowerStep, owners, weight_users
-from pipecompile.passes.measure_step import MeasureStep
+from pipecompile.passes.choose_step import ChooseStep
+from pipecompile.passes.lower_step import LowerStep
 from pipecompile.passes.part_counts import best_way, part_counts
-from pipecompile.passes.plan_step import training_profile
-from pipecompile.passes.profile import ProfileLayers
 from pipecompile.passes.recompute import Recompute
-from pipecompile.passes.smaller_batches import SmallerBatches
-from pipecompile.passes.trace_step import TraceStep
 from pipecompile.pipelines.drop_in import FILL_AND_DRAIN
 from pipecompile.pipelines.param_groups import Groups, ModelGroups
-from pipecompile.pipelines.search_time import SearchTime
-from pipecompile.pipelines.step_planner import ExampleLoss, StepPlanner, package_of, update_seconds
+from pipecompile.pipelines.step_search import StepSearch, equal, every_way
 from pipecompile.pipelines.training import TrainingPipeline
-from pipecompile.runtime.batches import Reduction, batched_inputs, option, split_inputs, split_targets
-from pipecompile.runtime.measure import CpuMeasure
-from pipecompile.runtime.numerics import stage_mode
+from pipecompile.runtime.batches import Reduction, batched_inputs, option
+from pipecompile.runtime.training import Training
 from pipecompile.runtime.update import OptimizerFactory, copies_kept
 from pipecompile.schedules.recompute import RecomputeName
 from pipecompile.schedules.training import STEP_SCHEDULES, ScheduleName
@@ -54,6 +41,7 @@ def compile_training(
     param_groups: Groups | None = None,
     schedule: ScheduleName = "auto",
     micro_batches: int | Literal["auto"] = 4,
+    data_parallel: int | None = None,
     dynamic_batch: bool = False,
     autocast: torch.dtype | None = None,
     reduction: Reduction = "auto",
@@ -100,98 +88,49 @@ def compile_training(
     counts = part_counts(batch, len(cluster.devices)) if micro_batches == "auto" else [micro_batches]
     if not all(1 <= count <= batch for count in counts):
         raise InputError(f"micro_batches={micro_batches}: a batch of {batch} samples has 1 to {batch} micro-batches")
-    ways = [_Way(cluster, count) for count in counts]
-    if "auto" == schedule == micro_batches and threads > 1 and executor == "process" and not throttle:
-        memory = min((d.memory for d in cluster.devices if d.memory is not None), default=None)
-        whole = Cluster((Device("cpu", threads=threads, memory=memory),), cluster.link)
-        ways = [_Way(whole, count) for count in ([1] if memory_limit is None else [1, *counts])] + ways
-    half, choose = _autocast(autocast), ChooseStep(memory_limit)
-    dtype = None if autocast is None else str(autocast).removeprefix("torch.")
-    planners: dict[tuple[int, int], StepPlanner] = {}
-    search = SearchTime(time_limit, len(ways) * len(names))
-
-    @cache
-    def planned(index: int) -> tuple[StepPlanner, Profile, Callable[[tuple[str, ...]], float]]:
-        """What plans for one number of micro-batches on one choice of devices, its profile, seconds of updates."""
-        way, part, at = ways[index], 1 / len(ways), 0.9 * index / len(ways)
-        count, width = way.micro_batches, way.cluster.devices[0].threads
-        measure = CpuMeasure(threads=width, imports=imports)
-        first = split_inputs(leaves, batched, count)[0]
-        part_args, part_kwargs = unflatten(tree, first)
-        several = (dynamic_batch or batch % count > 0) and batch > count
-        dynamic = _batch_dims(tree, batched) if several else None
-        smaller = (
-            SmallerBatches(batched, min(batch // count, 2) if dynamic_batch else batch // count) if several else None
-        )
-        tell("trace", at)
-        with eager_models(), half:
-            traced, gradients = TraceStep(tuple(leaf), dynamic, smaller).trace(model, part_args, part_kwargs)
-        tell("profile", at + 0.3 * part)
-        with half:
-            measured = ProfileLayers(profile_seconds).apply(traced.graph, traced.module, traced.tensors, first, measure)
-        loss = ExampleLoss(loss_fn, traced.graph.out_tree, _part(example_targets, batch, count), autocast is not None)
-        planners[count, width] = planner = StepPlanner(
-            traced,
-            gradients,
-            first,
-            loss,
-            measure,
-            replace(way.cluster, link=measured.link),
-            count,
-            LowerStep(1 if ahead is None else ahead, drop_in, early=clip_norm is None and not check_finite),
-            Recompute(recompute, memory_limit),
-            MeasureStep(profile_seconds / 8, deferred_batch_norm, dtype),
-            search,
-            copies,
-        )
-
-        @cache
-        def update(weights: tuple[str, ...]) -> float:
-            with stage_mode(width):
-                return update_seconds(optimizer, traced, weights)
-
-        tell("partition", at + 0.6 * part)
-        return planner, training_profile(traced.graph, measured, gradients, again=recompute == "stage"), update
-
-    def least(index: int) -> float:
-        """What no schedule of a way can be far below."""
-        planner, profile, _ = planned(index)
-        return planner.work(profile) / len(planner.cluster.devices)
-
-    def tried(index: int) -> list[Candidate]:
-        """The candidates of a way."""
-        planner, profile, update = planned(index)
-        few, alone = len(planner.traced.graph.layers), len(planner.cluster.devices) == 1 and schedule == "auto"
-        fitting = [name for name in names if schedule != "auto" or STEP_SCHEDULES[name].chunks <= few]
-        found, errors = list[Candidate](), list[PlanError]()
-        for name in ["gpipe"] if alone else fitting:
-            try:
-                found.append(planner.with_updates(planner.candidate(name, profile), update))
-            except PlanError as error:  # one with more stages a device may not fit where another does
-                errors.append(error)
-        if not found:
-            raise errors[0]
-        return found if executor == "inline" else planner.beside(found, profile_seconds / 8)
-
-    chosen, notes = best_way([way.name for way in ways], least, tried, choose)
-    plan, program = chosen.plan, chosen.program
-    planner = planners[program.micro_batches, plan.cluster.devices[0].threads]
-    if len(plan.cluster.devices) < len(planner.cluster.devices):
-        warnings.warn("; ".join(plan.notes), PipecompileWarning, stacklevel=3)
-    plan = replace(plan, notes=(*plan.notes, *notes))
-    traced, gradients, first, graph = planner.traced, planner.gradients, planner.leaves, planner.traced.graph
-    tell("codegen", 0.9)
-    smaller = dynamic_batch or batch % planner.micro_batches > 0
-    modules = CodegenStep(deferred=deferred_batch_norm, autocast=dtype, fewer=smaller).apply(
-        graph, traced.module, plan, program, gradients
+    _check_autocast(autocast)
+    everything = schedule == micro_batches == "auto" and executor == "process" and not throttle
+    if data_parallel is None and everything and not drop_in:
+        ways = every_way(cluster, counts, None, threads, memory_limit is not None)
+    else:
+        counts = _dealt(counts, data_parallel or 1, cluster, drop_in)
+        ways = every_way(cluster, counts, data_parallel or 1, threads, False)
+    search = StepSearch(
+        model,
+        leaves,
+        tree,
+        batched,
+        batch,
+        ways,
+        names,
+        schedule == "auto",
+        Training(loss_fn, optimizer, seed, full_loss=autocast is not None),
+        example_targets,
+        copies,
+        LowerStep(1 if ahead is None else ahead, drop_in, early=clip_norm is None and not check_finite),
+        Recompute(recompute, memory_limit),
+        leaf=leaf,
+        dynamic_batch=dynamic_batch,
+        autocast=autocast,
+        deferred=deferred_batch_norm,
+        beside=executor != "inline",
+        imports=imports,
+        time_limit=time_limit,
+        profile_seconds=profile_seconds,
+        tell=tell,
     )
-    owned = {stage: tuple(names) for stage, names in owners(weight_users(graph, plan, gradients.weights)).items()}
-    package = replace(package_of(traced, first, modules, plan, program), imports=tuple(imports))
-    step = StepPackage(package, owned, batched, batch, smaller)
+    names_of_ways, choose = [way.name for way in ways], ChooseStep(memory_limit)
+    raced = search.raced if executor == "process" and not throttle and not drop_in else None
+    index, chosen, notes = best_way(names_of_ways, search.least, search.tried, choose, raced)
+    plan = chosen.plan
+    if len(plan.cluster.devices) < len(ways[index].cluster.devices):
+        warnings.warn("; ".join(plan.notes), PipecompileWarning, stacklevel=3)
+    tell("codegen", 0.95)
+    step = search.step(index, replace(chosen, plan=replace(plan, notes=(*plan.notes, *notes))))
     tell("done", 1.0)
     return TrainingPipeline(
         step,
-        traced.tensors,
+        search.tensors(index),
         model,
         loss_fn,
         optimizer,
@@ -209,23 +148,29 @@ def compile_training(
     )
 
 
-class _Way(NamedTuple):
-    """The devices, and the number of micro-batches."""
+def _dealt(counts: Sequence[int], data_parallel: int, cluster: Cluster, drop_in: bool) -> list[int]:
+    """The numbers of micro-batches that so many pipelines can share; refuses what cannot be shared."""
+    if data_parallel == 1:
+        return list(counts)
+    devices = len(cluster.devices)
+    if data_parallel < 1 or devices % data_parallel:
+        raise PlanError(f"data_parallel={data_parallel}: {devices} devices make no such number of equal pipelines")
+    if drop_in:
+        raise InputError(f"data_parallel={data_parallel} is for train_step(): give loss_fn= and optimizer= as well")
+    if not equal(cluster):
+        raise PlanError(f"data_parallel={data_parallel}: equal pipelines need devices of one kind, speed and memory")
+    found = [count for count in counts if count % data_parallel == 0]
+    if not found:
+        tried = ", ".join(map(str, counts))
+        raise PlanError(f"data_parallel={data_parallel}: it must divide the number of micro-batches, {tried}")
+    return found
 
-    cluster: Cluster
-    micro_batches: int
 
-    @property
-    def name(self) -> str:
-        threads = self.cluster.devices[0].threads
-        return f"{self.micro_batches}" if threads == 1 else f"{self.micro_batches} in one worker with {threads} threads"
-
-
-def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Torch's autocast for tracing and timing, without its cache: what that holds of a run without gradients has none.
+def _check_autocast(dtype: torch.dtype | None) -> None:
+    """Refuse a dtype whose gradients need more than autocast.
 
     Raises:
-        InputError: for a dtype whose gradients need more than that.
+        InputError: naming what can be given.
     """
     if dtype is not None and not isinstance(dtype, torch.dtype):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"autocast={dtype!r} is no dtype of torch: write autocast=torch.bfloat16")
@@ -234,11 +179,6 @@ def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
             f"autocast={dtype!r}: only torch.bfloat16 is possible; gradients in float16 vanish unless the loss is "
             "scaled, which is not done here"
         )
-    return torch.autocast("cpu", dtype=dtype, cache_enabled=False) if dtype else nullcontext()
-
-
-def _part(targets: Any, batch: int, parts: int) -> Any:
-    return None if targets is None else split_targets(targets, batch, parts)[0]
 
 
 def _schedules(
@@ -277,17 +217,3 @@ def weight_copies(optimizer: OptimizerFactory | None) -> float:
         return copies_kept(optimizer)
     except Exception as error:
         raise InputError(f"optimizer= cannot update a weight ({type(error).__name__}: {error}): {hint}") from error
-
-
-def _batch_dims(tree: Tree, batched: Sequence[bool]) -> list[Any]:
-    """``dynamic_shapes`` that lets dimension 0 of the batched tensors differ from call to call."""
-    flags = iter(batched)
-
-    def spread(node: Tree) -> Any:
-        if node.kind == "leaf":
-            return {0: torch.export.Dim.AUTO} if next(flags) else None
-        inner = [spread(child) for child in node.children]
-        return dict(zip(node.keys, inner, strict=True)) if node.keys else inner
-
-    args, kwargs = tree.children
-    return [spread(child) for child in (*args.children, *kwargs.children)]

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from pipecompile.errors import PipelineClosed, PipelineError
+from pipecompile.ir.deal import gathered
 from pipecompile.ir.training import StepPackage, StepRequest
 from pipecompile.runtime.channels.link import ports_of
 from pipecompile.runtime.channels.local import LocalEdge
@@ -90,9 +91,7 @@ class InlineTrainer:
         edges = [edge for edge in package.program.edges if edge.slots]
         room = bounds(package, None)
         local = {edge.name: LocalEdge(edge, room) for edge in edges}
-        self._host = HostPorts(
-            package, step.micro_batches, lambda e: local[e.name].sender(), lambda e: local[e.name].receiver()
-        )
+        self._host = HostPorts(package, lambda e: local[e.name].sender(), lambda e: local[e.name].receiver())
         updating = [m.device for m in package.modules if any(step.owned.get(s) for s in m.stages)]
         self._board = LocalBoard(updating)
         self._criterion = training.criterion(package.out_tree)
@@ -109,14 +108,15 @@ class InlineTrainer:
             updates = training.updates(module.device, mine, weights, self._board)
             link = StepLink(weights, ports, updates, training.seed, written_by(package, module))
             link.criterion = self._criterion
-            run = StepRun(module, link, ports, step.micro_batches)
+            program = package.program
+            run = StepRun(module, link, ports, program.micro_batches, program.deal(module.stages[0]))
             self._devices.append(_Device(module.device, link, updates, run))
 
     def step(self, request: StepRequest) -> list[torch.Tensor]:
         """See :class:`Trainer`."""
         self._begin(request)
         self._run(lambda: not any(device.port is not None for device in self._devices))
-        return [loss for outcome in self._end() for loss in outcome.losses]
+        return gathered([outcome.losses for outcome in self._end() if outcome.losses])
 
     def forward(self, request: StepRequest) -> list[dict[str, Any]]:
         """See :class:`Trainer`."""

@@ -70,7 +70,12 @@ class _Again:
         package, made = self.step.package, tuple[Any, ...]()
         written = {entry.name for entry in package.state if entry.mutated}
         values: dict[str, Any] = dict(zip(package.input_names, self.request.leaves[self.micro_batch], strict=True))
-        modules = {stage: module for module in package.modules for stage in module.stages}
+        modules = {
+            stage: module
+            for module in package.modules
+            for stage in module.stages
+            if package.program.deal(stage).owns(self.micro_batch)
+        }
         with stage_mode(1), torch.random.fork_rng(devices=[]):
             for stage, module in sorted(modules.items()):
                 code = execute(module.source, module.filename)
@@ -78,7 +83,7 @@ class _Again:
                 found = [self.tensors[name] for name in code[f"STATE_{stage}"]]
                 names = code[f"STATE_{stage}"]
                 state = tuple(t.clone() if n in written else t for n, t in zip(names, found, strict=True))
-                given = [self.loss] if stage == len(modules) - 1 else []
+                given = [self.loss] if package.plan.ends(stage) else []
                 try:
                     with watch:
                         made, _ = code[f"forward_{stage}"](

@@ -14,7 +14,8 @@ import torch
 
 from pipecompile.errors import PipelineClosed, PipelineError, StepError
 from pipecompile.ir.cluster import Link
-from pipecompile.ir.package import DeviceModule
+from pipecompile.ir.deal import gathered
+from pipecompile.ir.package import DeviceModule, Package
 from pipecompile.ir.program import HOST
 from pipecompile.ir.training import StepPackage, StepRequest
 from pipecompile.runtime import numerics, pickled
@@ -65,7 +66,7 @@ class ProcessTrainer:
         self._crew = crew = Crew()
         self._updating: list[Worker] = []
         self._finalizer = weakref.finalize(self, crew.stop)
-        planned = sum(stage.load for stage in step.package.plan.stages) * step.micro_batches
+        planned = sum(stage.load for stage in step.package.plan.pipeline) * step.micro_batches
         self._limit = max(_HANG_SECONDS, _HANG_FACTOR * planned) if hang_seconds is None else hang_seconds
         try:
             self._open(training, dict(throttle or {}))
@@ -78,7 +79,6 @@ class ProcessTrainer:
         step, package, crew = self._step, self._step.package, self._crew
         sizes = bounds(package, None)
         edges = {e.name: SharedEdge.create(e, sizes) for e in package.program.edges if e.slots}
-        last = len(package.plan.stages) - 1
         try:
             for module in package.modules:
                 mine = tuple(e for e in package.program.edges if e.slots and _touches(e.source, e.target, module))
@@ -100,22 +100,21 @@ class ProcessTrainer:
                     arenas=tuple(arena.fd for arena in arenas),
                     state=self._weights.describe(module.state),
                     owned=owned,
-                    training=training if last in module.stages else replace(training, loss_fn=None),
+                    training=training if _computes_loss(package, module) else replace(training, loss_fn=None),
                     out_tree=package.out_tree,
                     gradients=[
                         {**entry, "arena": entry["arena"] + len(self._weights.arenas) if entry["nbytes"] else -1}
                         for entry in self._gradients.describe(names)
                     ],
-                    micro_batches=step.micro_batches,
+                    micro_batches=package.program.micro_batches,
+                    deal=package.program.deal(module.stages[0]),
                     written=tuple(written_by(package, module)),
                     threads=device.threads,
                     numerics=numerics.snapshot(),
                     imports=package.imports,
                 )
                 worker.say(boot, "loss_fn, the optimizer or a class in the model's result")
-            self._host = HostPorts(
-                package, step.micro_batches, lambda e: edges[e.name].sender(), lambda e: edges[e.name].receiver()
-            )
+            self._host = HostPorts(package, lambda e: edges[e.name].sender(), lambda e: edges[e.name].receiver())
             mine = tuple(e for e in package.program.edges if HOST in (e.source, e.target))
             self._signals = {
                 e.name: edges[e.name].credits if e.source == HOST else edges[e.name].arrivals for e in mine
@@ -143,7 +142,7 @@ class ProcessTrainer:
     def step(self, request: StepRequest) -> list[torch.Tensor]:
         """See ``Trainer``."""
         self._begin(request)
-        found = [loss for outcome in self._end() for loss in outcome.losses]
+        found = gathered([outcome.losses for outcome in self._end() if outcome.losses])
         return [torch.tensor(value, dtype=getattr(torch, dtype)) for value, dtype in found]
 
     def forward(self, request: StepRequest) -> list[dict[str, Any]]:
@@ -167,13 +166,12 @@ class ProcessTrainer:
     def _begin(self, request: StepRequest) -> None:
         self._check()
         self._whole = False
-        last = len(self._step.package.plan.stages) - 1
+        package, weights = self._step.package, list(request.weights)
         with self._closing():
             self._answers = {}
             self._host.begin(self._done, request.leaves)
             for worker in self._crew.workers:
-                targets = pickled.packed(request.targets) if last in worker.module.stages else None
-                weights = list(request.weights)
+                targets = pickled.packed(request.targets) if _computes_loss(package, worker.module) else None
                 worker.say(("step", self._done, request.number, request.update, request.clip, targets, weights))
 
     def _end(self) -> list[Outcome]:
@@ -318,6 +316,10 @@ class ProcessTrainer:
     def _fail(self, error: BaseException) -> None:
         self.closed = f"it failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         self.close()
+
+
+def _computes_loss(package: Package, module: DeviceModule) -> bool:
+    return any(package.plan.ends(stage) for stage in module.stages)
 
 
 def _touches(source: int, target: int, module: DeviceModule) -> bool:

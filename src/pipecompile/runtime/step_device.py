@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pipecompile.ir.cluster import Link
+from pipecompile.ir.deal import Deal
 from pipecompile.ir.link import Port
 from pipecompile.ir.package import DeviceModule
 from pipecompile.ir.program import Edge
@@ -45,6 +46,7 @@ class Boot:
     out_tree: Tree
     gradients: list[dict[str, Any]]
     micro_batches: int
+    deal: Deal
     written: tuple[str, ...]
     threads: int
     numerics: dict[str, Any]
@@ -83,7 +85,7 @@ class StepDevice:
         self._criterion = boot.training.criterion(boot.out_tree)
         self._link.criterion = self._criterion
         self._begun = self._ended = 0.0
-        self._run = StepRun(boot.module, self._link, ports, boot.micro_batches)
+        self._run = StepRun(boot.module, self._link, ports, boot.micro_batches, boot.deal)
         for fd in (*boot.arenas, boot.records, *(fds[0] for fds in boot.fds.values())):
             os.close(fd)
 

@@ -9,11 +9,12 @@ end where the next step begins.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipecompile.errors import NonFiniteError, StepError
+from pipecompile.ir.deal import Deal
 from pipecompile.ir.link import Port
 from pipecompile.ir.package import DeviceModule, Package
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender, SampleFailed
@@ -49,12 +50,20 @@ class Outcome:
 
 
 class StepRun:
-    """Runs the steps of one device module over its link. ``micro_batches`` are those of a whole step."""
+    """Runs the steps of one device module over its link.
+
+    ``micro_batches`` are those of a whole step that its pipeline is dealt, by ``deal``.
+    """
 
     def __init__(
-        self, module: DeviceModule, link: StepLink, ports: Sequence[RingReceiver | RingSender], micro_batches: int
+        self,
+        module: DeviceModule,
+        link: StepLink,
+        ports: Sequence[RingReceiver | RingSender],
+        micro_batches: int,
+        deal: Deal,
     ) -> None:
-        self._module, self._link, self._ports, self._count = module, link, ports, micro_batches
+        self._module, self._link, self._ports, self._count, self._deal = module, link, ports, micro_batches, deal
         namespace = execute(module.source, module.filename)
         link.spans.watch(namespace)
         self._step = namespace["step"]
@@ -86,19 +95,18 @@ class StepRun:
         else:
             return Outcome(list(link.losses), updated=link.updated)
         self.failed = True
-        yield from drain(self._ports, done + 1, base + link.parts)
+        messages = base + self._deal.count(link.parts)
+        yield from drain(self._ports, lambda port: done + 1 if port.edge.endswith(_TIED) else messages)
         return outcome
 
 
-def drain(ports: Sequence[RingReceiver | RingSender], done: int, messages: int) -> Generator[Port, Any, None]:
+def drain(
+    ports: Sequence[RingReceiver | RingSender], end: Callable[[RingReceiver | RingSender], int]
+) -> Generator[Port, Any, None]:
     """Carry all messages of the step under way, without looking at them or putting anything in.
 
-    It ends before message ``messages``; edges of tied weights, which have one a step, before ``done``.
+    ``end`` says before which message of a port it ends; edges of tied weights have one a step.
     """
-
-    def end(port: RingReceiver | RingSender) -> int:
-        return done if port.edge.endswith(_TIED) else messages
-
     pending = [port for port in ports if port.sample < end(port)]
     while pending:
         moved = False

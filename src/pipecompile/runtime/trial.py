@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,10 +35,7 @@ def stream_rates(
 ) -> list[float]:
     """Samples a second of each package in steady state, in some turns of about ``seconds`` each.
 
-    All of them are started before the first turn, and every second turn goes through them backwards,
-    so that a change of the machine's speed meets them alike. They are compared within each turn: what is
-    returned are the median of the first one's rates, and the others' by the median of their ratios to
-    it. The turns end once one leads all others clearly, or after ``budget`` seconds. ``tensors`` stay as
+    All of them are started before the first turn; see :func:`in_turns` for what follows. ``tensors`` stay as
     they are: the workers compute on copies.
 
     Raises:
@@ -45,7 +43,6 @@ def stream_rates(
         PipecompileError: if the weights cannot be shared.
     """
     private = apart(tensors)
-    found: list[list[float]] = []
     with ExitStack() as stack:
         sessions: list[Session] = []
         for package in packages:
@@ -54,16 +51,28 @@ def stream_rates(
         rounds = [math.lcm(*(len(stage.devices) for stage in package.plan.stages)) for package in packages]
         for session in sessions:  # the first samples of a worker are slow
             _rate(session, leaves, 0.0, 1)
-        begun = time.perf_counter()
-        for turn in range(TURNS):
-            rates = [0.0] * len(sessions)
-            for i in range(len(sessions)) if turn % 2 == 0 else reversed(range(len(sessions))):
-                rates[i] = _rate(sessions[i], leaves, seconds, rounds[i])
-            found.append(rates)
-            if time.perf_counter() - begun > budget or (turn + 1 >= CLEAR and leads(found)):
-                break
-    first = statistics.median(rates[0] for rates in found)
-    return [first * statistics.median(rates[i] / rates[0] for rates in found) for i in range(len(packages))]
+        return in_turns(
+            [partial(_rate, session, leaves, seconds, each) for session, each in zip(sessions, rounds, strict=True)],
+            budget,
+        )
+
+
+def in_turns(rates: Sequence[Callable[[], float]], budget: float) -> list[float]:
+    """Rates that are measured in turns, until one leads all others clearly or ``budget`` seconds are over.
+
+    Every second turn goes backwards, so that a change of the machine's speed meets all alike. They are compared
+    within each turn: returned are the median of the first one, and the others by the median of their ratios to it.
+    """
+    found, begun = list[list[float]](), time.perf_counter()
+    for turn in range(TURNS):
+        own = [0.0] * len(rates)
+        for i in range(len(rates)) if turn % 2 == 0 else reversed(range(len(rates))):
+            own[i] = rates[i]()
+        found.append(own)
+        if time.perf_counter() - begun > budget or (turn + 1 >= CLEAR and leads(found)):
+            break
+    first = statistics.median(own[0] for own in found)
+    return [first * statistics.median(own[i] / own[0] for own in found) for i in range(len(rates))]
 
 
 def leads(turns: Sequence[Sequence[float]]) -> bool:
@@ -111,4 +120,4 @@ def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-__all__ = ["apart", "leads", "stream_rates"]
+__all__ = ["apart", "in_turns", "leads", "stream_rates"]
