@@ -123,7 +123,8 @@ def test_what_cannot_be_below_the_best_is_not_planned() -> None:
         assert len(planned) == count
 
 
-def test_what_is_close_by_simulation_is_raced_and_the_fastest_taken() -> None:
+def test_what_is_close_by_simulation_is_raced_and_the_fastest_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part_counts_module, "_CLOSE", 1.6)
     counts, asked = [2, 4, 8], list[list[int]]()
 
     def raced(close: Sequence[tuple[int, Candidate]]) -> list[float]:
@@ -132,8 +133,10 @@ def test_what_is_close_by_simulation_is_raced_and_the_fastest_taken() -> None:
         return [2.0, 1.0, 3.0]
 
     def best(fixed: float, limit: int | None = None) -> tuple[int, Candidate, str]:
-        tried: Any = lambda i: split(counts[i], fixed, 0.1)  # noqa: E731
-        index, chosen, (note,) = best_way(list(map(str, counts)), no_bound, tried, ChooseStep(limit), raced)
+        def tried(i: int) -> list[Candidate]:
+            return split(counts[i], fixed, 0.1)
+
+        index, chosen, (note,) = best_way(list(map(str, counts)), no_bound, tried, ChooseStep(limit), raced=raced)
         return index, chosen, note
 
     index, chosen, note = best(0.0)
@@ -146,7 +149,7 @@ def test_what_is_close_by_simulation_is_raced_and_the_fastest_taken() -> None:
     def broken(_: Any) -> list[float]:
         raise WorkerDied("device 0 ended")
 
-    _, chosen, (note,) = best_way(["2", "4"], no_bound, lambda i: split(counts[i], 0.0, 0.1), ChooseStep(), broken)
+    _, chosen, (note,) = best_way(["2", "4"], no_bound, lambda i: split(counts[i], 0.0, 0.1), ChooseStep(), raced=broken)
     assert "not tried in workers: device 0 ended" in note
     assert "by simulation" in note
 
@@ -250,3 +253,21 @@ def test_a_model_too_big_for_one_device_is_counted_all_the_same() -> None:
         note = pipe.plan.notes[-1]
         assert [count for count in (4, 8, 16) if f"{count}: " in note] == [4, 8, 16]
         assert "the model needs" not in note, note
+
+
+def test_what_slows_devices_down_is_measured_only_where_it_can_decide() -> None:
+    counts, asked = [2, 4, 8], list[int]()
+
+    def slower(index: int, found: Sequence[Candidate]) -> list[Candidate]:
+        asked.append(counts[index])
+        by = 1.3 if counts[index] == 2 else 1.0
+        return [c.costing([cost.slowed(by) for cost in c.costs]) for c in found]
+
+    def tried(i: int) -> list[Candidate]:  # alone, 2 is fastest and 8 slowest
+        return split(2, 0.0, (0.1, 0.11, 0.2)[i])
+
+    index, chosen, (note,) = best_way(list(map(str, counts)), no_bound, tried, ChooseStep(), slower)
+    assert asked == [2, 4]
+    assert counts[index] == 4
+    assert chosen.seconds == min(c.seconds for c in tried(1))
+    assert ", measured alone), keeps" in note.partition("8: ")[2]

@@ -88,6 +88,7 @@ def test_jobs_that_run_at_once_leave_nothing_and_arguments_alone() -> None:
     counter, broken = torch.zeros(()), Job(MODEL, "broken", [])
     job = Job(MODEL, "stage_0", [counter])
     nursery.prepare()
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     factors = CpuMeasure().slowdowns([job, job, Job(MODEL, "counts", [2])], [0, 0, None], 0.02)
     assert len(factors) == 3

@@ -9,7 +9,7 @@ the best so far, because the work alone takes longer, is not planned.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from pipecompile.errors import PipecompileError
 from pipecompile.passes.choose_step import Candidate, ChooseStep
@@ -21,7 +21,7 @@ _NEAR = 1.3
 _FAR = 0.85
 
 #: What a simulation says is so much longer than the best at the most may still be faster; and how many are raced.
-_CLOSE, _RACED = 1.25, 4
+_CLOSE, _RACED = 1.15, 4
 
 
 def part_counts(batch: int, devices: int) -> list[int]:
@@ -45,42 +45,31 @@ def best_way(
     least: Callable[[int], float],
     tried: Callable[[int], Sequence[Candidate]],
     choose: ChooseStep,
+    beside: Callable[[int, Sequence[Candidate]], Sequence[Candidate]] = lambda _, found: found,
     raced: Callable[[Sequence[tuple[int, Candidate]]], Sequence[float]] | None = None,
 ) -> tuple[int, Candidate, tuple[str, ...]]:
     """The way and its candidate that are best of all, and a note of what was considered where there were several.
 
     A way is a number of micro-batches on some devices; ``names`` say which. Of the way at an index ``least`` gives
     the seconds that no schedule can be far below, and ``tried`` the candidates, asked for only where the first does
-    not rule them out. A way that cannot be compiled is left out as long as another can. Those that come close to
-    the best by simulation are ``raced``, which gives measured seconds of a step of each.
+    not rule them out. ``beside`` gives them with the costs they have while all devices compute, which makes none
+    faster: it is asked for from the fastest on, until the next is far behind as it is. A way that cannot be compiled is
+    left out as long as another can. Those that come close to the best by simulation are ``raced``, which gives
+    measured seconds of a step of each.
 
     Raises:
         PlanError: if no candidate fits.
         PipecompileError: what the first way raises, if none can be compiled.
     """
     if len(names) == 1:
-        return 0, choose.apply(tried(0)), ()
-    candidates, told = list[tuple[int, Candidate]](), list[str]()
-    errors, best = list[PipecompileError](), math.inf
-    for index, name in enumerate(names):
-        try:
-            if best < math.inf and (bound := least(index)) * _FAR > best:
-                told.append(f"{name}: not planned, {bound * 1e3:.3g} ms if no device ever waited")
-                continue
-            found = tried(index)
-        except PipecompileError as error:
-            errors.append(error)
-            told.append(f"{name}: {str(error).splitlines()[0]}")
-            continue
-        candidates += [(index, candidate) for candidate in found]
-        best = min([best, *(c.seconds for c in found if choose.fits(c))])
-        fastest = min(found, key=lambda c: c.seconds)
-        told.append(f"{name}: {fastest.seconds * 1e3:.3g} ms ({fastest.name}), keeps {fastest.memory:,} bytes")
-    if not candidates:
+        return 0, choose.apply(beside(0, tried(0))), ()
+    found, told, errors = _planned(names, least, tried, choose)
+    if not found:
         raise errors[0]
+    candidates, more = _settled(names, found, choose, beside)
     chosen = choose.apply([candidate for _, candidate in candidates])
     index, how, seconds = next(i for i, c in candidates if c is chosen), "simulation", chosen.seconds
-    close = _close(candidates, choose)
+    told, close = [*more, *told], _close(candidates, choose)
     if raced is not None and len(close) > 1:
         try:
             times = raced(close)
@@ -92,10 +81,55 @@ def best_way(
             seconds, place = min((t, place) for place, t in enumerate(times))
             (index, chosen), how = close[place], "trial"
     within = "" if choose.memory_limit is None else f" within {choose.memory_limit:,} bytes"
-    return index, chosen, (
-        f"micro_batches='auto' took {names[index]} ({chosen.name}, {seconds * 1e3:.3g} ms a step by {how}{within}); "
-        f"the fastest schedule of each number was {'; '.join(told)}",
-    )
+    note = f"micro_batches='auto' took {names[index]} ({chosen.name}, {seconds * 1e3:.3g} ms a step by {how}{within}); "
+    return index, chosen, (f"{note}the fastest schedule of each number was {'; '.join(told)}",)
+
+
+def _planned(
+    names: Sequence[str],
+    least: Callable[[int], float],
+    tried: Callable[[int], Sequence[Candidate]],
+    choose: ChooseStep,
+) -> tuple[dict[int, Sequence[Candidate]], list[str], list[PipecompileError]]:
+    """The candidates of every way that can be compiled and may be best; what is said of the others, and their errors."""
+    found, told, texts = dict[int, Sequence[Candidate]](), list[str](), dict[str, list[str]]()
+    errors, best = list[PipecompileError](), math.inf
+    for index, name in enumerate(names):
+        try:
+            if best < math.inf and (bound := least(index)) * _FAR > best:
+                told.append(f"{name}: not planned, {bound * 1e3:.3g} ms if no device ever waited")
+                continue
+            found[index] = tried(index)
+        except PipecompileError as error:
+            errors.append(error)
+            texts.setdefault(str(error).splitlines()[0], []).append(name)
+            continue
+        best = min([best, *(c.seconds for c in found[index] if choose.fits(c))])
+    return found, told + [f"{', '.join(those)}: {text}" for text, those in texts.items()], errors
+
+
+def _settled(
+    names: Sequence[str],
+    found: Mapping[int, Sequence[Candidate]],
+    choose: ChooseStep,
+    beside: Callable[[int, Sequence[Candidate]], Sequence[Candidate]],
+) -> tuple[list[tuple[int, Candidate]], list[str]]:
+    """The candidates that can be best, with their costs beside others, and the best of every way in words."""
+    candidates, told, best = list[tuple[int, Candidate]](), list[str](), math.inf
+    alone = {index: min((c.seconds for c in own if choose.fits(c)), default=math.inf) for index, own in found.items()}
+    for index in sorted(alone, key=lambda index: alone[index]):
+        own, more = found[index], ", measured alone"
+        if alone[index] <= _CLOSE * best:
+            own, more = beside(index, own), ""
+            candidates += [(index, candidate) for candidate in own]
+            best = min([best, *(c.seconds for c in own if choose.fits(c))])
+        shown = min(own, key=_seconds)
+        told.append(f"{names[index]}: {shown.seconds * 1e3:.3g} ms ({shown.name}{more}), keeps {shown.memory:,} bytes")
+    return candidates, told
+
+
+def _seconds(candidate: Candidate) -> float:
+    return candidate.seconds
 
 
 def _close(candidates: Sequence[tuple[int, Candidate]], choose: ChooseStep) -> list[tuple[int, Candidate]]:

@@ -120,7 +120,7 @@ class StepSearch:
     dynamic_batch: bool = False
     autocast: torch.dtype | None = None
     deferred: bool = False
-    beside: bool = True
+    inline: bool = False
     imports: Sequence[str] = ()
     time_limit: float = 10.0
     profile_seconds: float = 2.0
@@ -174,7 +174,11 @@ class StepSearch:
                 errors.append(error)
         if not found:
             raise errors[0]
-        return planner.beside(found, self.profile_seconds / 8) if self.beside else found
+        return found
+
+    def beside(self, index: int, found: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Candidates of a way with the costs of their stages as they are while all devices compute."""
+        return found if self.inline else self._planner(index)[0].beside(found, self.profile_seconds / 8)
 
     def step(self, index: int, found: Candidate) -> StepPackage:
         """What a runtime needs to carry out a candidate's step."""

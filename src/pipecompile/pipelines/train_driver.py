@@ -113,7 +113,7 @@ def compile_training(
         dynamic_batch=dynamic_batch,
         autocast=autocast,
         deferred=deferred_batch_norm,
-        beside=executor != "inline",
+        inline=executor == "inline",
         imports=imports,
         time_limit=time_limit,
         profile_seconds=profile_seconds,
@@ -121,7 +121,7 @@ def compile_training(
     )
     names_of_ways, choose = [way.name for way in ways], ChooseStep(memory_limit)
     raced = search.raced if executor == "process" and not throttle and not drop_in else None
-    index, chosen, notes = best_way(names_of_ways, search.least, search.tried, choose, raced)
+    index, chosen, notes = best_way(names_of_ways, search.least, search.tried, choose, search.beside, raced)
     plan = chosen.plan
     if len(plan.cluster.devices) < len(ways[index].cluster.devices):
         warnings.warn("; ".join(plan.notes), PipecompileWarning, stacklevel=3)

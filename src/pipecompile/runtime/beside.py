@@ -28,7 +28,10 @@ from pipecompile.runtime.trial import apart
 from pipecompile.runtime.untouched import Untouched
 
 #: Turns alone and together; runs of the slowest job that a window has room for; of each job at least.
-TURNS, ROOM, FEWEST = 4, 4, 3
+TURNS, ROOM, FEWEST = 4, 4, 2
+
+#: Seconds a window is made longer to at most, for the sake of room.
+_LONGEST = 0.25
 
 #: Seconds a worker may take to start, or to answer beyond the end of a window.
 _PATIENCE = 60.0
@@ -65,7 +68,7 @@ def slowdowns(
             workers.append(_Worker(boot, core, arenas))
             stack.callback(workers[-1].stop)
         once = [_window(workers, [j], 0.0, shared)[0] for j in range(len(jobs))]
-        window = max(budget / TURNS, ROOM * max(once))
+        window = max(budget / TURNS, min(ROOM * max(once), _LONGEST))
         for _ in range(TURNS):
             alone = [_window(workers, [j], window, shared)[0] for j in range(len(jobs))]
             together = _window(workers, range(len(jobs)), window, shared)
