@@ -41,7 +41,8 @@ class StepPlanner:
     """Plans, lowers and measures the model for one schedule after another.
 
     With ``update``, seconds by stage number and the weights a stage owns, every micro-batch makes an
-    update, and what counts is the slowest stage: one micro-batch follows the other.
+    update, and what counts is the slowest stage: one micro-batch follows the other. ``measured`` is what is
+    known of stages already; planners of the same micro-batches may share it.
     """
 
     traced: Traced
@@ -58,7 +59,7 @@ class StepPlanner:
     copies: float = 2.0
     colocate: Sequence[Sequence[str]] = ()
     update: Callable[[int, int, Sequence[str]], float] | None = None
-    _measured: dict[Any, MeasuredStep] = field(default_factory=dict[Any, MeasuredStep])
+    measured: dict[Any, MeasuredStep] = field(default_factory=dict[Any, MeasuredStep])
 
     def candidate(self, name: str, profile: Profile) -> Candidate:
         """Cut, measure the stages, and cut again once if the slowest was predicted badly."""
@@ -91,7 +92,7 @@ class StepPlanner:
             return list(found)
         fastest = min(several, key=lambda candidate: candidate.seconds)
         devices = fastest.plan.cluster.devices
-        turns = self._measured[_key(fastest.name, fastest.plan)].turns * fastest.plan.data_parallel
+        turns = self.measured[_key(fastest.name, fastest.plan)].turns * fastest.plan.data_parallel
         cores = [devices[device.device].core for device in fastest.program.devices]
         try:
             factors = self.measure.slowdowns(turns, cores, budget)
@@ -127,7 +128,7 @@ class StepPlanner:
             plan = planner.apply(graph, profile, self.cluster)
         order = planner.program(plan, self.micro_batches)
         program = VerifyStep().apply(self.lower.apply(graph, plan, order, self.gradients))
-        if (key := _key(name, plan)) not in self._measured:
+        if (key := _key(name, plan)) not in self.measured:
             measured = self.measure_step.apply(
                 graph, self.traced.module, self.traced.tensors, self.leaves, plan, program, self.gradients, self.loss,
                 self.measure,
@@ -139,8 +140,8 @@ class StepPlanner:
                     for stage, cost in enumerate(measured.costs)
                 )
                 measured = replace(measured, costs=costs)
-            self._measured[key] = measured
-        costs = self._measured[key].costs
+            self.measured[key] = measured
+        costs = self.measured[key].costs
         again = self.recompute.apply(order, costs, None if self.lower.to_caller else len(plan.stages) - 1)
         if again is not order:
             program = VerifyStep().apply(self.lower.apply(graph, plan, again, self.gradients))

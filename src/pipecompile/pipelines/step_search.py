@@ -21,7 +21,7 @@ from pipecompile.options import Progress
 from pipecompile.passes.choose_step import Candidate
 from pipecompile.passes.codegen_step import CodegenStep
 from pipecompile.passes.lower_step import LowerStep, owners, weight_users
-from pipecompile.passes.measure_step import MeasureStep
+from pipecompile.passes.measure_step import MeasuredStep, MeasureStep
 from pipecompile.passes.plan_step import training_profile
 from pipecompile.passes.profile import ProfileLayers
 from pipecompile.passes.recompute import Recompute
@@ -71,6 +71,7 @@ class _Front(NamedTuple):
     measure: CpuMeasure
     measured: Profile
     update: Callable[[tuple[str, ...]], float]
+    stages: dict[Any, MeasuredStep]
 
 
 def every_way(
@@ -241,7 +242,7 @@ class StepSearch:
                     known[weights] = update_seconds(self.training.optimizer, traced, weights)
             return known[weights]
 
-        found = _Front(traced, gradients, first, measure, measured, update)
+        found = _Front(traced, gradients, first, measure, measured, update, {})
         self._fronts[count, threads] = found
         return found
 
@@ -278,6 +279,7 @@ class StepSearch:
             MeasureStep(self.profile_seconds / 8, self.deferred, self._dtype),
             self._search,
             self.copies,
+            measured=front.stages,
         )
         again = self.recompute.mode == "stage"
         self._planners[index] = planner, training_profile(graph, front.measured, front.gradients, again=again)
