@@ -140,7 +140,10 @@ class _Step:
                 if edge.slots:
                     yield Busy(core, self._link.latency)
                 self._note(step, "wait", begin, engine.now, edge.name)
-            start = yield Busy(core, self._costs[step.stage].of(step.op))
+            seconds = self._costs[step.stage].of(step.op)
+            if step.op is Op.REDUCE:  # to add what came reads as much as to copy it
+                seconds += self._link.seconds(self._edges[step.edge].nbytes) - self._link.latency
+            start = yield Busy(core, seconds)
             self._note(step, step.op.value, start, engine.now)
             for edge in self._edges.values():
                 if not edge.slots and edge.source == step.stage and self._made_by(edge, step.op):
