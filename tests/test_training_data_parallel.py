@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import pipecompile
+import test_training_drop_in as drop_in
 from models.training import TRAINING, Job, Training
 from pipecompile.errors import InputError, NonFiniteError, PlanError, StepError
 from pipecompile.ir.cluster import Cluster, Device
@@ -65,6 +66,16 @@ def test_pipelines_in_workers_equal_plain_pytorch(name: str, schedule: str, devi
 @pytest.mark.parametrize("case", FREE, ids=str)
 def test_pipelines_in_workers_equal_plain_pytorch_everywhere(case: Training) -> None:
     check(case, SCHEDULES[len(case.name) % 6], 2, 2, "sgd", "process")
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "devices", "executor"),
+    [("two_heads", "gpipe", 2, "inline"), ("gpt2", "breadth_first", 4, "inline"), ("dropout", "gpipe", 2, "process")],
+)
+def test_pipelines_with_the_callers_own_loss(name: str, schedule: str, devices: int, executor: str) -> None:
+    job, wanted = TRAINING[name].make(), drop_in.eager(TRAINING[name].make(), ADAMW)
+    with drop_in.dropped_in(job, devices, schedule, data_parallel=2, executor=executor) as pipe:
+        drop_in.agree(pipe, job, ADAMW, wanted)
 
 
 def test_every_weight_has_one_owner_and_the_owners_about_as_much() -> None:
@@ -142,8 +153,8 @@ def test_a_pipeline_that_fails_stops_the_others_before_any_update(executor: Any)
 
 def test_what_cannot_be_shared_is_refused() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(8, 4)
-    options: Any = {"mode": "train", "executor": "inline", "profile_seconds": 0.01}
-    own = options | {"loss_fn": nn.MSELoss(), "optimizer": SGD, "schedule": "1f1b"}
+    own: Any = {"mode": "train", "executor": "inline", "profile_seconds": 0.01}
+    own |= {"loss_fn": nn.MSELoss(), "optimizer": SGD, "schedule": "1f1b"}
     for wrong, error, text in (
         ({"data_parallel": 3}, PlanError, "2 devices make no such number of equal pipelines"),
         ({"data_parallel": 2, "micro_batches": 3}, PlanError, "must divide the number of micro-batches, 3"),
@@ -151,8 +162,6 @@ def test_what_cannot_be_shared_is_refused() -> None:
     ):
         with pytest.raises(error, match=text):
             pipecompile.compile(model, (x,), **own, **wrong)
-    with pytest.raises(InputError, match="data_parallel=2 is for train_step"):
-        pipecompile.compile(model, (x,), **options, data_parallel=2)
     unequal = Cluster((Device("a"), Device("b", speed=2.0)))
     with pytest.raises(PlanError, match="equal pipelines need devices of one kind, speed and memory"):
         pipecompile.compile(model, (x,), **own, devices=unequal, data_parallel=2)

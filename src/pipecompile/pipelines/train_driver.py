@@ -93,7 +93,7 @@ def compile_training(
     if data_parallel is None and everything and not drop_in:
         ways = every_way(cluster, counts, None, threads, memory_limit is not None)
     else:
-        counts = _dealt(counts, data_parallel or 1, cluster, drop_in)
+        counts = _dealt(counts, data_parallel or 1, cluster)
         ways = every_way(cluster, counts, data_parallel or 1, threads, False)
     search = StepSearch(
         model,
@@ -148,15 +148,13 @@ def compile_training(
     )
 
 
-def _dealt(counts: Sequence[int], data_parallel: int, cluster: Cluster, drop_in: bool) -> list[int]:
+def _dealt(counts: Sequence[int], data_parallel: int, cluster: Cluster) -> list[int]:
     """The numbers of micro-batches that so many pipelines can share; refuses what cannot be shared."""
     if data_parallel == 1:
         return list(counts)
     devices = len(cluster.devices)
     if data_parallel < 1 or devices % data_parallel:
         raise PlanError(f"data_parallel={data_parallel}: {devices} devices make no such number of equal pipelines")
-    if drop_in:
-        raise InputError(f"data_parallel={data_parallel} is for train_step(): give loss_fn= and optimizer= as well")
     if not equal(cluster):
         raise PlanError(f"data_parallel={data_parallel}: equal pipelines need devices of one kind, speed and memory")
     found = [count for count in counts if count % data_parallel == 0]
