@@ -192,3 +192,14 @@ def test_devices_asked_for_by_number_are_cut_into_pipelines() -> None:
         assert len(pipe.plan.cluster.devices) == 4
         (end,) = pipe.simulate().finishes
         assert end > 0
+
+
+def test_the_report_says_which_micro_batches_a_pipeline_was_dealt(tmp_path: Path) -> None:
+    job = TRAINING["mlp"].make()
+    with compiled(job, 2, "1f1b", SGD, data_parallel=2) as pipe:
+        pipe.train_step(job.inputs, job.targets)
+        page = pipe.report(tmp_path / "step.html").read_text()
+    assert "2 pipelines of 1 stage on 2 devices" in page
+    assert "4 micro-batches a step" in page
+    for number in range(4):  # drawn twice, as predicted and as measured
+        assert page.count(f"<title>stage {number % 2}, forward of micro-batch {number}:") == 2

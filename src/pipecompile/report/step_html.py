@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipecompile.ir.package import Package
-from pipecompile.ir.program import COMPUTE, HOST, Op
-from pipecompile.ir.timeline import Timeline
+from pipecompile.ir.program import COMPUTE, HOST, Op, Program
+from pipecompile.ir.timeline import Event, Timeline
 from pipecompile.ir.training import StageCost, kept_at_once, waiting_at_once
 from pipecompile.report.gantt import gantt
 from pipecompile.report.page import render
@@ -67,7 +67,7 @@ def step_html(
     """The page. ``costs`` are those of the stages for one micro-batch; both timelines are of one step."""
     plan, program = package.plan, package.program
     devices = tuple(device.name for device in plan.cluster.devices[: len(package.modules)])
-    shown = [timeline for timeline in (predicted, measured) if timeline is not None]
+    shown = [_numbered(timeline, program) for timeline in (predicted, measured) if timeline is not None]
     span = max((timeline.finishes[0] for timeline in shown if timeline.finishes), default=0.0)
     sizes, stashes = [cost.kept for cost in costs], [cost.stash for cost in costs]
     held = zip(kept_at_once(program, sizes, stashes), waiting_at_once(program), strict=True)
@@ -75,6 +75,8 @@ def step_html(
         "step_report.html.j2",
         model=package.model,
         program=program,
+        shape=plan.shape,
+        micro_batches=program.micro_batches * program.data_parallel,
         devices=list(zip(plan.cluster.devices, [int(own + waiting) for own, waiting in held], strict=False)),
         predicted=StepSummary.of(predicted, len(devices)),
         measured=None if measured is None else StepSummary.of(measured, len(devices)),
@@ -86,6 +88,16 @@ def step_html(
         host=HOST,
         notes=plan.notes,
     )
+
+
+def _numbered(timeline: Timeline, program: Program) -> Timeline:
+    """With the step's own numbers of micro-batches, where data-parallel pipelines count theirs from 0."""
+
+    def number(event: Event) -> int:
+        once = event.activity == Op.STEP or event.edge.endswith(":tied")
+        return event.sample if once else program.deal(event.stage).number(event.sample)
+
+    return replace(timeline, events=tuple(replace(event, sample=number(event)) for event in timeline.events))
 
 
 def _stages(
