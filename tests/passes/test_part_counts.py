@@ -202,7 +202,7 @@ def test_where_something_is_given_only_what_goes_with_it_is_tried() -> None:
             assert "worker with" not in pipe.plan.notes[-1]
 
 
-def test_a_trial_runs_in_workers_and_leaves_the_model_alone() -> None:
+def test_a_trial_runs_in_workers_and_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
     x, start = torch.randn(8, 6), copy.deepcopy(model.state_dict())
@@ -216,6 +216,9 @@ def test_a_trial_runs_in_workers_and_leaves_the_model_alone() -> None:
     assert len(times) == 2
     assert all(0 < seconds < 10 for seconds in times)
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+    monkeypatch.setattr(step_search, "free_memory", lambda: 1000)
+    with pytest.raises(PlanError, match=r"a trial would need [\d,]+ bytes for weights and activations, 1,000 are free"):
+        search.raced(found)
 
 
 def test_a_pipeline_that_chose_trains_as_plain_pytorch_does() -> None:

@@ -34,7 +34,7 @@ from pipecompile.pipelines.step_planner import ExampleLoss, StepPlanner, package
 from pipecompile.runtime.batches import split_inputs, split_targets
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.numerics import stage_mode
-from pipecompile.runtime.step_trial import ResultLoss, step_seconds
+from pipecompile.runtime.step_trial import ResultLoss, free_memory, step_seconds
 from pipecompile.runtime.training import Training
 from pipecompile.schedules.training import STEP_SCHEDULES
 
@@ -200,8 +200,12 @@ class StepSearch:
         """Measured seconds a step of candidates of ways, in real workers that take turns.
 
         Raises:
-            PipecompileError: if workers do not start, or a step fails.
+            PipecompileError: if workers do not start, a step fails, or there is too little memory to hold all.
         """
+        weights = sum(tensor.nbytes for tensor in self.tensors(found[0][0]).values())
+        needed = sum(int(weights * (self.copies + c.plan.data_parallel - 1) + c.memory) for _, c in found)
+        if needed > (free := free_memory()) / 2:
+            raise PlanError(f"a trial would need {needed:,} bytes for weights and activations, {free:,} are free")
         self.tell("trial", 0.88)
         steps = [(self.step(index, candidate), self.tensors(index)) for index, candidate in found]
         training, requests = self.training, list[StepRequest]()

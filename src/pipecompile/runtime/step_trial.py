@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +57,13 @@ def _rate(trainer: ProcessTrainer, request: StepRequest, seconds: float) -> floa
     return 1 / statistics.median(times)
 
 
+def free_memory() -> int:
+    """Bytes that new processes may use without driving others out, as the kernel estimates (man 5 proc_meminfo)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return int(kilobytes) * 1024
+
+
 class ResultLoss:
     """Stands for a loss whose targets are not known: the sum of all results that have gradients."""
 
@@ -65,4 +73,4 @@ class ResultLoss:
         return torch.stack(parts).sum()
 
 
-__all__ = ["ResultLoss", "step_seconds"]
+__all__ = ["ResultLoss", "free_memory", "step_seconds"]
