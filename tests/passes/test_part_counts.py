@@ -25,7 +25,7 @@ from pipecompile.passes.lower_step import LowerStep
 from pipecompile.passes.part_counts import best_way, part_counts
 from pipecompile.passes.recompute import Recompute
 from pipecompile.pipelines import step_search
-from pipecompile.pipelines.step_search import StepSearch, Way
+from pipecompile.pipelines.step_search import StepSearch, Way, every_way
 from pipecompile.pipelines.train_driver import compile_training
 from pipecompile.runtime.training import Training
 from pipecompile.schedules.training import STEP_SCHEDULES
@@ -274,3 +274,17 @@ def test_what_slows_devices_down_is_measured_only_where_it_can_decide() -> None:
     assert counts[index] == 4
     assert chosen.seconds == min(c.seconds for c in tried(1))
     assert ", measured alone), keeps" in note.partition("8: ")[2]
+
+
+def test_what_there_is_to_try() -> None:
+    def names(cluster: Cluster, threads: int, data_parallel: int | None = None) -> list[str]:
+        return [way.name for way in every_way(cluster, [2, 3, 4], data_parallel, threads, False)]
+
+    two, one = make_cluster(2), make_cluster(1)
+    copies = ["2 in 2 data-parallel pipelines", "4 in 2 data-parallel pipelines"]
+    assert names(two, 2) == ["1 in one worker with 2 threads", *copies, "2", "3", "4"]
+    assert names(two, 1) == ["1 in one worker", *copies, "2", "3", "4"]  # two devices on one core
+    assert names(two, 0) == [*copies, "2", "3", "4"]  # devices as they are, by name
+    assert names(two, 2, 1) == ["2", "3", "4"]
+    assert names(one, 1) == ["2 in one worker", "3 in one worker", "4 in one worker"]
+    assert names(Cluster((Device("a"), Device("b", speed=2.0))), 0) == ["2", "3", "4"]

@@ -50,8 +50,8 @@ class Way(NamedTuple):
     def name(self) -> str:
         """In words."""
         threads = self.cluster.devices[0].threads
-        if threads > 1:
-            return f"{self.micro_batches} in one worker with {threads} threads"
+        if len(self.cluster.devices) == 1:
+            return f"{self.micro_batches} in one worker" + (f" with {threads} threads" if threads > 1 else "")
         shared = f" in {self.data_parallel} data-parallel pipelines" if self.data_parallel > 1 else ""
         return f"{self.micro_batches}{shared}"
 
@@ -79,14 +79,14 @@ def every_way(
 ) -> list[Way]:
     """What to try for these numbers of micro-batches, the cheapest to plan first.
 
-    With ``data_parallel`` None that is one worker with all ``threads`` (a batch whole, or in every number of parts),
-    then a pipeline of one stage on each device, then one pipeline over all of them.
+    With ``data_parallel`` None that is one worker with all ``threads``, if any (a batch whole, or in every number of
+    parts), then a pipeline of one stage on each device, then one pipeline over all of them.
     """
     if data_parallel is not None:
         return [Way(cluster, count, data_parallel) for count in counts]
     memory = min((d.memory for d in cluster.devices if d.memory is not None), default=None)
     whole, every = Cluster((Device("cpu", threads=threads, memory=memory),), cluster.link), len(cluster.devices)
-    alone = [Way(whole, count) for count in ([1, *counts] if all_counts else [1])] if threads > 1 else []
+    alone = [Way(whole, count) for count in ([1, *counts] if all_counts else [1])] if threads and every > 1 else []
     copied = [Way(cluster, count, every) for count in counts if count % every == 0] if equal(cluster) else []
     return [*alone, *(copied if every > 1 else []), *(Way(cluster, count) for count in counts)]
 

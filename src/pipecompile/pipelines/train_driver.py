@@ -58,7 +58,7 @@ def compile_training(
     executor: ExecutorName = "process",
     hang_seconds: float | None = None,
     throttle: Mapping[str, Link] | None = None,
-    threads: int = 1,
+    threads: int = 0,
     imports: Sequence[str] = (),
     time_limit: float = 10.0,
     profile_seconds: float = 2.0,
