@@ -24,7 +24,7 @@ class Arguments:
 
     def __init__(self, package: Package, dynamic: Iterable[tuple[int, int]] = ()) -> None:
         """``dynamic`` names dimensions (input, dimension) that may differ besides those of the symbols."""
-        self._package = package
+        self._package, self._card = package, package.plan.cluster.card
         self._tree = package.in_tree
         args, kwargs = package.in_tree.children
         self._one_tensor = len(args.children) == 1 and args.children[0].kind == "leaf" and not kwargs.children
@@ -67,7 +67,8 @@ class Arguments:
         """The flat tensors of a call, compared with what was compiled for."""
         new_sizes = False
         for i, (leaf, (dtype, shape, fixed)) in enumerate(zip(leaves, self._checks, strict=True)):
-            if leaf.dtype is not dtype or not leaf.is_cpu or leaf.layout is not _DENSE or leaf.shape != shape:
+            elsewhere = not leaf.is_cpu and str(leaf.device) != self._card
+            if leaf.dtype is not dtype or elsewhere or leaf.layout is not _DENSE or leaf.shape != shape:
                 self._check(i, leaf, dtype, shape, fixed)
                 new_sizes = True
         if new_sizes:
@@ -138,8 +139,9 @@ class Arguments:
         self, index: int, leaf: torch.Tensor, dtype: torch.dtype, shape: torch.Size, fixed: Sequence[bool]
     ) -> None:
         name = self._package.input_names[index]
-        if leaf.device.type != "cpu":
-            raise InputError(f"input {name!r} is on {leaf.device}; this pipeline runs on cpu: pass it as .cpu()")
+        if leaf.device.type != "cpu" and str(leaf.device) != self._card:
+            where, remedy = self._card or "cpu", f".to({self._card!r})" if self._card else ".cpu()"
+            raise InputError(f"input {name!r} is on {leaf.device}; this pipeline runs on {where}: pass it as {remedy}")
         if leaf.layout is not torch.strided:
             raise InputError(f"input {name!r} has layout {leaf.layout}: pass it as .to_dense()")
         if leaf.dtype is not dtype:

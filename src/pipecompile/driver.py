@@ -79,7 +79,8 @@ def compile(
     """Compile ``model``, called as ``model(*example_inputs, **example_kwargs)``, into a pipeline.
 
     Args:
-        model: any module that ``torch.export`` can capture, on the CPU. Its own mode is left as it is.
+        model: any module that ``torch.export`` can capture, on the CPU, or on the card it is to be trained on.
+            Its own mode is left as it is.
             Its parameters stay its own objects and share their storage with the pipeline from the
             first use on.
         example_inputs: positional arguments of one call; a single tensor may stand alone.
@@ -90,7 +91,7 @@ def compile(
 
     Keyword Args:
         devices: how many cores to use, names such as ``["cpu:0", "cpu:1"]``, or a Cluster. The link
-            of a Cluster that names none is measured.
+            of a Cluster that names none is measured. (train) ``["cuda:0", "cuda:0"]``: two streams of a card.
         leaf: modules never cut inside: path patterns (``"encoder.layer.*"``) or module classes.
         ahead: how many messages a stage receives ahead of the one it works on; chosen if None.
         executor: ``"process"``, a pinned worker a device, or ``"inline"``, all in this process
@@ -184,7 +185,9 @@ def compile(
     cluster = with_memory(make_cluster(devices), options.pop("memory", None))
     if mode == "train" and isinstance(devices, int):  # so many cores, however they are best used
         options["threads"] = min(devices, len({device.core for device in cluster.devices}))
-    check_runs_here(cluster)
+    check_runs_here(cluster, mode, options.get("executor"))
+    if cluster.card is not None:
+        options["executor"] = "inline"
     return _MODES[mode](model, args, dict(example_kwargs or {}), cluster, **options)
 
 

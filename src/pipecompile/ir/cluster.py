@@ -15,6 +15,8 @@ from pipecompile.errors import PlanError
 class Device:
     """One place that runs stages. A CPU device is a process pinned to ``core``.
 
+    One of kind ``"cuda"`` is a stream of a card, named ``"cuda:<card>/<number>"``.
+
     ``speed`` divides the profiled seconds of a layer (2.0: twice as fast as the profiled device).
     ``memory`` is in bytes; None: not limited.
     """
@@ -64,6 +66,12 @@ class Cluster:
             if key in self.links:
                 return self.links[key]
         return self.link
+
+    @property
+    def card(self) -> str | None:
+        """The CUDA card whose streams the devices are, as torch names it; None where they are CPU cores."""
+        first = self.devices[0]
+        return first.name.partition("/")[0] if first.kind == "cuda" else None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Cluster:

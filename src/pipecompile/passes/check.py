@@ -12,7 +12,7 @@ from torch import fx, nn
 from pipecompile.errors import ExampleError, InputError, TraceError
 from pipecompile.ir.tree import Tree, flatten, unflatten
 from pipecompile.passes.capture import module_of, source_of
-from pipecompile.passes.keep import state_kept
+from pipecompile.passes.keep import cards, state_kept
 from pipecompile.passes.observe import copies
 
 
@@ -22,20 +22,20 @@ def exact(model: nn.Module) -> Generator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=cards()):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def run_once(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+def run_once(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], device: str = "cpu") -> list[Any]:
     """The flat result of the eager model on copies of the examples; buffers are put back.
 
     Raises:
-        InputError: if an example, TraceError: if a weight is no dense CPU tensor.
+        InputError: if an example, TraceError: if a weight is no dense tensor on ``device``.
         ExampleError: if the model fails on its own example inputs.
     """
-    _require_dense(model, flatten((tuple(args), dict(kwargs)))[0])
+    _require_dense(model, flatten((tuple(args), dict(kwargs)))[0], device)
     with exact(model), state_kept(model):
         inputs, keywords = _fresh(tuple(args)), _fresh(dict(kwargs))
         try:
@@ -51,22 +51,22 @@ def run_once(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
             raise TraceError(f"the result of {type(model).__name__} cannot be pipelined: {error}") from error
 
 
-def _require_dense(model: nn.Module, leaves: Sequence[torch.Tensor]) -> None:
+def _require_dense(model: nn.Module, leaves: Sequence[torch.Tensor], device: str) -> None:
+    cpu = device == "cpu"
+    wanted = "dense CPU tensors" if cpu else f"dense tensors on {device}, as the devices are"
     for leaf in leaves:
-        if leaf.device.type != "cpu" or leaf.layout is not torch.strided:
-            raise InputError(
-                f"example inputs must be dense CPU tensors, got one on {leaf.device} with layout {leaf.layout}"
-            )
+        if str(leaf.device) != device or leaf.layout is not torch.strided:
+            raise InputError(f"example inputs must be {wanted}, got one on {leaf.device} with layout {leaf.layout}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        if str(tensor.device) != device or tensor.layout is not torch.strided:
             remedy = (
-                "it has no values yet: give it memory with .to_empty(device='cpu') and load its state_dict"
+                f"it has no values yet: give it memory with .to_empty(device={device!r}) and load its state_dict"
                 if tensor.is_meta
-                else "convert it with .cpu() or .to_dense()"
+                else f"convert it with {'.cpu()' if cpu else f'.to({device!r})'} or .to_dense()"
             )
             raise TraceError(
                 f"{name!r} of {type(model).__name__} is on {tensor.device} with layout {tensor.layout}; parameters and "
-                f"buffers must be dense CPU tensors: {remedy}"
+                f"buffers must be {wanted}: {remedy}"
             )
 
 

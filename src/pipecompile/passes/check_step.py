@@ -70,7 +70,7 @@ def _differentiate(results: Sequence[Any], wanted: Sequence[torch.Tensor]) -> li
     for result in results:
         if isinstance(result, torch.Tensor) and result.requires_grad:
             weights = torch.rand(result.shape, generator=generator, dtype=torch.float64) + 0.5
-            total = total + (result * weights.to(result.dtype)).sum()
+            total = total + (result * weights.to(result)).sum()
     if not isinstance(total, torch.Tensor):
         return [None] * len(wanted)
     return list(torch.autograd.grad(total, list(wanted), allow_unused=True))
@@ -81,7 +81,7 @@ def _close(eager: torch.Tensor | None, traced: torch.Tensor | None) -> bool:
         given = traced if eager is None else eager
         return given is None or not bool(given.to_dense().any())
     eager, traced = eager.to_dense(), traced.to_dense()
-    rounded = torch.bfloat16 if torch.is_autocast_enabled("cpu") else eager.dtype
+    rounded = torch.bfloat16 if torch.is_autocast_enabled(eager.device.type) else eager.dtype
     tolerance = max(_TOLERANCE.get(rounded, 1e-3), _TOLERANCE.get(eager.dtype, 1e-3))
     if not bool(torch.isfinite(eager).all()):
         return bool(torch.equal(torch.isfinite(eager), torch.isfinite(traced)))

@@ -12,13 +12,18 @@ from torch.nn.parameter import is_lazy
 from pipecompile.passes.operators import buffers_of
 
 
+def cards() -> list[int]:
+    """The CUDA cards in use, whose random state a call may move: for ``torch.random.fork_rng``."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
 @contextmanager
 def state_kept(model: nn.Module) -> Generator[None]:
     """Put a model's parameters, buffers and tensor attributes back: the objects and their values."""
     holders = [(m, key, b) for m in model.modules() for key, b in buffers_of(m).items()]
     attributes = [value for m in model.modules() for value in vars(m).values() if isinstance(value, torch.Tensor)]
     tensors = (*model.parameters(), *model.buffers(), *attributes)
-    saved = [(t, t.clone()) for t in tensors if not is_lazy(t) and t.is_cpu and t.layout is torch.strided]
+    saved = [(t, t.clone()) for t in tensors if not is_lazy(t) and not t.is_meta and t.layout is torch.strided]
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from pipecompile.ir.measure import Job, Measure
 from pipecompile.ir.plan import Plan
 from pipecompile.ir.program import DeviceProgram, Op, Program
 from pipecompile.ir.training import Gradients, StageCost
+from pipecompile.passes.keep import cards
 from pipecompile.passes.observe import copies
 from pipecompile.passes.stage_code import IMPORTS, StageWriter, StepEmitter
 
@@ -206,7 +207,7 @@ def _saved(run: Callable[[], Any], weights: Sequence[torch.Tensor]) -> tuple[Any
     def never(_: None) -> torch.Tensor:
         raise AssertionError("this graph is not gone back through")
 
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(note, never):
+    with torch.random.fork_rng(devices=cards()), torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(note, never):
         made, kept = run()
     del kept
     return made, sum(storage.nbytes() for storage in storages.values())

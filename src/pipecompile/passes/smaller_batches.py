@@ -81,7 +81,7 @@ class SmallerBatches:
     ) -> None:
         leaves, tree = flatten((tuple(args), dict(kwargs)))
         args, kwargs = unflatten(tree, self._first(leaves, size))
-        run_once(model, args, kwargs)
+        run_once(model, args, kwargs, str(leaves[0].device))
         compare_with_eager(model, found.module, found.tensors, found.out_tree, args, kwargs)
         compare_gradients(model, found.module, found.tensors, args, kwargs)
 

@@ -177,7 +177,9 @@ class StageWriter:
         lines = self.emit.body(self._layers, self.makes)
         self.emit.taps = {}
         if self.emit.autocast:
-            lines = [f'with torch.autocast("cpu", dtype=torch.{self.emit.autocast}):', *(f"    {line}" for line in lines)]
+            kind = "cpu" if self.plan.cluster.card is None else "cuda"
+            header = f'with torch.autocast("{kind}", dtype=torch.{self.emit.autocast}):'
+            lines = [header, *(f"    {line}" for line in lines)]
         edges = tuple_of("", [edge_name(node) for node in self.late])
         lines.append(f"return {tuple_of('', [self.name(v) for v in self.makes])}, {edges}")
         parameters = ["draw", *(self.name(n) for n in (*self.state, *self.reads))]

@@ -38,11 +38,12 @@ class Trace:
     """Capture a model in eval mode as a graph of layers.
 
     ``leaf`` names modules never cut inside: path patterns (``"encoder.*"``) or module classes.
-    ``dynamic_shapes`` is as for ``torch.export.export``.
+    ``dynamic_shapes`` is as for ``torch.export.export``. Model and examples must be on ``device``.
     """
 
     leaf: tuple[str | type[nn.Module], ...] = ()
     dynamic_shapes: Any | None = None
+    device: str = "cpu"
 
     def apply(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
         """Trace ``model(*args, **kwargs)``; the model's mode, buffers and random state stay as they are.
@@ -54,7 +55,7 @@ class Trace:
             with suppress(NotImplementedError):  # the mode of an exported module is fixed
                 model.eval()
             # Caches of the libraries a model uses must be filled by a real call, not by capture.
-            run_once(model, args, kwargs)
+            run_once(model, args, kwargs, self.device)
             try:
                 return self._attempt(model, args, kwargs, as_eager=True)
             except TraceError as error:

@@ -17,6 +17,7 @@ from pipecompile.passes import clean
 from pipecompile.passes.capture import Capture, capture
 from pipecompile.passes.check import compare_with_eager, exact, run_once
 from pipecompile.passes.check_step import compare_gradients
+from pipecompile.passes.keep import cards
 from pipecompile.passes.observe import Observation, copies, observe
 from pipecompile.passes.smaller_batches import SmallerBatches
 from pipecompile.passes.trace import Trace, Traced
@@ -43,7 +44,7 @@ class TraceStep(Trace):
         if not model.training:
             model.train()
         try:
-            run_once(model, args, kwargs)
+            run_once(model, args, kwargs, self.device)
             try:
                 found, captured = self._attempt_step(model, args, kwargs, as_eager=True)
             except TraceError as error:
@@ -86,7 +87,7 @@ def _prepare(found: Capture, leaves: list[Any]) -> Observation:
 
 def _gradients(found: Traced, leaves: list[Any]) -> Gradients:
     """Run the graph once with gradients, and note which values have them."""
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with torch.enable_grad(), torch.random.fork_rng(devices=cards()):
         watcher = _Watcher(found.module)
         watcher.run(*copies(found.tensors.values()), *(_plain(leaf) for leaf in copies(leaves)))
     weights = {

@@ -194,6 +194,8 @@ def update_seconds(
         if moves:
             sets.move({sets.newest})
         optimizer.step()
+        if weights[0].is_cuda:
+            torch.cuda.synchronize(weights[0].device)
         times.append(time.perf_counter() - begin)
     return statistics.median(times[1:])
 

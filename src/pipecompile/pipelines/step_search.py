@@ -14,6 +14,7 @@ from torch import nn
 from pipecompile.eager import eager_models
 from pipecompile.errors import PlanError
 from pipecompile.ir.cluster import Cluster, Device
+from pipecompile.ir.measure import Measure
 from pipecompile.ir.profile import Profile
 from pipecompile.ir.training import Gradients, StepPackage, StepRequest
 from pipecompile.ir.tree import Tree, unflatten
@@ -31,7 +32,8 @@ from pipecompile.passes.trace_step import TraceStep
 from pipecompile.pipelines.drop_in import FILL_AND_DRAIN
 from pipecompile.pipelines.search_time import SearchTime
 from pipecompile.pipelines.step_planner import ExampleLoss, StepPlanner, package_of, update_seconds
-from pipecompile.runtime.batches import split_inputs, split_targets
+from pipecompile.runtime.batches import moved, split_inputs, split_targets
+from pipecompile.runtime.cuda_measure import CudaMeasure
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.numerics import stage_mode
 from pipecompile.runtime.step_trial import ResultLoss, free_memory, step_seconds
@@ -68,7 +70,7 @@ class _Front(NamedTuple):
     traced: Traced
     gradients: Gradients
     leaves: list[Any]
-    measure: CpuMeasure
+    measure: Measure
     measured: Profile
     update: Callable[[tuple[str, ...]], float]
     stages: dict[Any, MeasuredStep]
@@ -136,9 +138,14 @@ class StepSearch:
     def _dtype(self) -> str | None:
         return None if self.autocast is None else str(self.autocast).removeprefix("torch.")
 
+    @property
+    def _card(self) -> str | None:
+        return self.ways[-1].cluster.card
+
     def _half(self) -> AbstractContextManager[Any]:
         """Torch's autocast without its cache: what that holds of a run without gradients has none."""
-        return torch.autocast("cpu", dtype=self.autocast, cache_enabled=False) if self.autocast else nullcontext()
+        kind = "cpu" if self._card is None else "cuda"
+        return torch.autocast(kind, dtype=self.autocast, cache_enabled=False) if self.autocast else nullcontext()
 
     def _alone(self, way: Way) -> bool:
         """Whether there is one stage, for which all schedules are one."""
@@ -223,7 +230,7 @@ class StepSearch:
         if (count, threads) in self._fronts:
             return self._fronts[count, threads]
         at, part = 0.85 * len(self._fronts) / len(self.ways), 1 / len(self.ways)
-        measure = CpuMeasure(threads=threads, imports=self.imports)
+        measure = CpuMeasure(threads=threads, imports=self.imports) if self._card is None else CudaMeasure(self._card)
         first = split_inputs(self.leaves, self.batched, count)[0]
         args, kwargs = unflatten(self.tree, first)
         several = self.smaller(count) and self.batch > count
@@ -232,7 +239,8 @@ class StepSearch:
         smaller = SmallerBatches(self.batched, least) if several else None
         self.tell("trace", at)
         with eager_models(), self._half():
-            traced, gradients = TraceStep(tuple(self.leaf), dynamic, smaller).trace(self.model, args, kwargs)
+            tracer = TraceStep(tuple(self.leaf), dynamic, self._card or "cpu", smaller)
+            traced, gradients = tracer.trace(self.model, args, kwargs)
         self.tell("profile", at + 0.3 * part)
         with self._half():
             layers = ProfileLayers(self.profile_seconds)
@@ -269,6 +277,8 @@ class StepSearch:
                 + ", which pipelines with the same weights would do at the same time: use data_parallel=1"
             )
         targets = None if self.targets is None else split_targets(self.targets, self.batch, count)[0]
+        if targets is not None and self._card is not None:
+            targets = moved(targets, self._card)
         loss = ExampleLoss(self.training.loss_fn, graph.out_tree, targets, self.autocast is not None)
         planner = StepPlanner(
             front.traced,

@@ -113,7 +113,7 @@ def compile_training(
         dynamic_batch=dynamic_batch,
         autocast=autocast,
         deferred=deferred_batch_norm,
-        inline=executor == "inline",
+        inline=executor == "inline" and cluster.card is None,
         imports=imports,
         time_limit=time_limit,
         profile_seconds=profile_seconds,

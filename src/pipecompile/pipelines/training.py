@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pipecompile.pipelines.model_weights import ModelWeights
 from pipecompile.pipelines.param_groups import ModelGroups
 from pipecompile.pipelines.train_artefact import SavedTraining
 from pipecompile.pipelines.training_state import TrainingState
-from pipecompile.runtime.batches import Reduction, loss_weights, parts_of, split_inputs, split_targets
+from pipecompile.runtime.batches import Reduction, loss_weights, moved, parts_of, split_inputs, split_targets
 from pipecompile.runtime.criterion import Criterion
 from pipecompile.runtime.not_finite import origin
 from pipecompile.runtime.step_spans import step_timeline
@@ -121,7 +122,7 @@ class TrainingPipeline(TrainingState):
                     weights=tuple(self._weights.fqn(name) for name in error.weights),
                 ) from None
             except StepError as error:
-                if trainer.closed:
+                if trainer.closed and not isinstance(error.__cause__, torch.AcceleratorError):
                     raise StepError(
                         f"a stage had updated its weights already, the pipeline is closed: {error}"
                     ) from None
@@ -139,6 +140,9 @@ class TrainingPipeline(TrainingState):
             return f"of {', '.join(names)} in stage {', '.join(map(str, stages))}" if names else "it overflowed"
         assert self._loss_fn is not None
         criterion = Criterion(self._loss_fn, package.out_tree, full=self._training.full_loss)
+        if (card := package.plan.cluster.card) is not None:
+            rows = [moved(row, card) for row in request.leaves]
+            request = replace(request, leaves=rows, targets=[moved(target, card) for target in request.targets])
         criterion.targets, criterion.weights = request.targets, request.weights
         return origin(self._step, self._weights.current(), criterion, request, error.micro_batch, self._training.seed)
 

@@ -21,6 +21,7 @@ from pipecompile.pipelines.model_weights import ModelWeights
 from pipecompile.pipelines.optimizer_shapes import StateShapes
 from pipecompile.pipelines.train_artefact import SavedTraining
 from pipecompile.runtime.batches import Reduction
+from pipecompile.runtime.cuda import lanes_of
 from pipecompile.runtime.inline_step import InlineTrainer, Trainer
 from pipecompile.runtime.process_step import ProcessTrainer
 from pipecompile.runtime.training import Training
@@ -155,8 +156,10 @@ class TrainingState(LearnsInPlace):
 
         Raises:
             ArtefactError: if the folder cannot be written or holds something else.
-            InputError: while gradients of ``update=False`` steps wait for their update.
+            InputError: while gradients of ``update=False`` steps wait for their update; or if it runs on a card.
         """
+        if self.package.plan.cluster.card is not None:
+            raise InputError("a pipeline on a card cannot be saved yet, only its state: use save_checkpoint()")
         with self._lock:
             self._settled()
             training = self._training
@@ -232,7 +235,7 @@ class TrainingState(LearnsInPlace):
         if self._trainer is None:
             tensors = self._weights.current()
             if self._executor == "inline":
-                self._trainer = InlineTrainer(self._step, tensors, self._training)
+                self._trainer = InlineTrainer(self._step, tensors, self._training, lanes_of(self.package, tensors))
             else:
                 self._trainer = ProcessTrainer(self._step, tensors, self._training, **self._watching)
             self._weights.remember()

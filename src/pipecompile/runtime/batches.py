@@ -78,6 +78,12 @@ def split_targets(targets: Any, batch: int, parts: int) -> list[Any]:
     return [unflatten(tree, list(row)) for row in rows]
 
 
+def moved(nest: Any, device: str) -> Any:
+    """The tensors of a nest on a device."""
+    leaves, tree = flatten(nest)
+    return unflatten(tree, [leaf.to(device) for leaf in leaves])
+
+
 def loss_weights(
     loss_fn: Callable[..., Any], targets: Sequence[Any], sizes: Sequence[int], reduction: Reduction
 ) -> list[float]:
@@ -140,4 +146,4 @@ def _count(loss_fn: Callable[..., Any], target: Any, size: int) -> float:
     return float(counted.sum())
 
 
-__all__ = ["batched_inputs", "loss_weights", "option", "parts_of", "split_inputs", "split_targets"]
+__all__ = ["batched_inputs", "loss_weights", "moved", "option", "parts_of", "split_inputs", "split_targets"]

@@ -1,23 +1,23 @@
-"""Runs training steps in the caller's process, one thread, devices in turn."""
+"""Runs training steps in the caller's process, one thread, devices in turn; on a card each has a stream of its own."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from pipecompile.errors import PipelineClosed, PipelineError
+from pipecompile.errors import PipelineClosed, PipelineError, StepError
 from pipecompile.ir.deal import gathered
 from pipecompile.ir.training import StepPackage, StepRequest
 from pipecompile.runtime.channels.link import ports_of
-from pipecompile.runtime.channels.local import LocalEdge
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender
 from pipecompile.runtime.executor import bounds
 from pipecompile.runtime.host_step import HostPorts
+from pipecompile.runtime.lanes import HostLanes, Lanes
 from pipecompile.runtime.numerics import stage_mode
 from pipecompile.runtime.step import StepLink
 from pipecompile.runtime.step_run import Outcome, StepRun, failure, written_by
@@ -83,14 +83,17 @@ class Trainer(Protocol):
 
 
 class InlineTrainer:
-    """Implements :class:`Trainer` in the caller's process."""
+    """Implements :class:`Trainer` in the caller's process. ``lanes`` say where devices compute."""
 
-    def __init__(self, step: StepPackage, weights: Mapping[str, torch.Tensor], training: Training) -> None:
-        package = step.package
+    def __init__(
+        self, step: StepPackage, weights: Mapping[str, torch.Tensor], training: Training, lanes: Lanes | None = None
+    ) -> None:
+        package, self._lanes = step.package, HostLanes() if lanes is None else lanes
         self.closed, self._done, self._pending, self._whole = "", 0, False, False
         edges = [edge for edge in package.program.edges if edge.slots]
         room = bounds(package, None)
-        local = {edge.name: LocalEdge(edge, room) for edge in edges}
+        place = {stage: module.device for module in package.modules for stage in module.stages}
+        local = {e.name: self._lanes.edge(e, room, place.get(e.source), place.get(e.target)) for e in edges}
         self._host = HostPorts(package, lambda e: local[e.name].sender(), lambda e: local[e.name].receiver())
         updating = [m.device for m in package.modules if any(step.owned.get(s) for s in m.stages)]
         self._board = LocalBoard(updating)
@@ -110,7 +113,7 @@ class InlineTrainer:
             link.criterion = self._criterion
             program = package.program
             run = StepRun(module, link, ports, program.micro_batches, program.deal(module.stages[0]))
-            self._devices.append(_Device(module.device, link, updates, run))
+            self._devices.append(_Device(module.device, link, updates, run, self._lanes))
 
     def step(self, request: StepRequest) -> list[torch.Tensor]:
         """See :class:`Trainer`."""
@@ -132,6 +135,7 @@ class InlineTrainer:
     def backward(self, gradients: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """See :class:`Trainer`."""
         self._host.answer(gradients)
+        self._lanes.begin()
         self._run(lambda: not any(device.port is not None for device in self._devices))
         self._end()
         return self.gradients()
@@ -141,16 +145,18 @@ class InlineTrainer:
         if self.closed:
             raise PipelineClosed(f"this pipeline cannot be used any more: {self.closed}")
         if self._criterion is not None:
-            self._criterion.targets, self._criterion.weights = request.targets, request.weights
+            self._criterion.targets = [self._lanes.here(target) for target in request.targets]
+            self._criterion.weights = request.weights
         self._board.reset()
         self._host.begin(self._done, request.leaves)
-        with self._closing(), stage_mode(1), torch.random.fork_rng(devices=[]):
+        with self._closing(), stage_mode(1), torch.random.fork_rng(devices=self._lanes.cards):
+            self._lanes.begin()
             for device in self._devices:
                 device.begin(request, self._done)
 
     def _run(self, until: Callable[[], bool]) -> None:
         """Let everyone go on in turns."""
-        with self._closing(), stage_mode(1), torch.random.fork_rng(devices=[]):
+        with self._closing(), stage_mode(1), torch.random.fork_rng(devices=self._lanes.cards):
             while not until():
                 moved = self._host.move()
                 turns = [device.advance() for device in self._devices]  # each gets one
@@ -159,6 +165,7 @@ class InlineTrainer:
                     self._host.drain()
                 elif not moved and not any(turns) and not until():
                     raise PipelineError("deadlock: every device waits")
+            self._lanes.finish()
 
     def _end(self) -> list[Outcome]:
         self._done += 1
@@ -190,6 +197,8 @@ class InlineTrainer:
             yield
         except BaseException as error:
             self.closed = f"it failed: {type(error).__name__}: {error}"
+            with suppress(StepError):  # what is under way still uses the rings
+                self._lanes.finish()
             raise
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -198,8 +207,7 @@ class InlineTrainer:
 
     def spans(self) -> list[DeviceSpans]:
         """See :class:`Trainer`."""
-        found = [DeviceSpans(device.number, list(device.link.spans.spans)) for device in self._devices]
-        return found if self._whole else []
+        return [device.spans() for device in self._devices] if self._whole else []
 
     @property
     def _optimizers(self) -> list[DeviceUpdates]:
@@ -232,8 +240,11 @@ class InlineTrainer:
 class _Device:
     """One device: its run and, while a step goes on, its generator and the port that waits for."""
 
-    def __init__(self, number: int, link: StepLink, updates: DeviceUpdates | Handover, run: StepRun) -> None:
-        self.number, self.link, self.updates, self._run = number, link, updates, run
+    def __init__(
+        self, number: int, link: StepLink, updates: DeviceUpdates | Handover, run: StepRun, lanes: Lanes
+    ) -> None:
+        self.number, self.link, self.updates, self._run, self._lanes = number, link, updates, run, lanes
+        link.spans.clock = partial(lanes.now, number)
         self.port: Any = None
         self.outcome = Outcome()
         self._steps: Any = None
@@ -242,6 +253,12 @@ class _Device:
     def failed(self) -> bool:
         """Whether it has given up its part of the step under way."""
         return self._run.failed
+
+    def spans(self) -> DeviceSpans:
+        """What it did in the step that is over."""
+        seconds = self._lanes.seconds
+        found = self.link.spans.spans
+        return DeviceSpans(self.number, [(op, stage, seconds(begin), seconds(end)) for op, stage, begin, end in found])
 
     def begin(self, request: StepRequest, done: int) -> None:
         """Run up to the first wait; ``done`` steps went through these rings before."""
@@ -267,7 +284,8 @@ class _Device:
 
     def _resume(self, go_on: Callable[[], Any]) -> None:
         try:
-            self.port = go_on()
+            with self._lanes.of(self.number):
+                self.port = go_on()
         except StopIteration as end:
             self.port, self.outcome = None, end.value
 

@@ -21,7 +21,7 @@ from pipecompile.ir.training import StepPackage, StepRequest
 from pipecompile.runtime.criterion import Criterion
 from pipecompile.runtime.module import execute
 from pipecompile.runtime.numerics import stage_mode
-from pipecompile.runtime.step import Draw, place
+from pipecompile.runtime.step import Draw, generator_of, place
 
 #: Operators that put given values in: masks of attention are infinite on purpose.
 _MASKS = frozenset({"aten::masked_fill", "aten::masked_fill_", "aten::where", "aten::full", "aten::fill_"})
@@ -76,7 +76,9 @@ class _Again:
             for stage in module.stages
             if package.program.deal(stage).owns(self.micro_batch)
         }
-        with stage_mode(1), torch.random.fork_rng(devices=[]):
+        generator = generator_of(self.tensors)
+        cards = [] if generator.device.type == "cpu" else [generator.device.index]
+        with stage_mode(1), torch.random.fork_rng(devices=cards):
             for stage, module in sorted(modules.items()):
                 code = execute(module.source, module.filename)
                 reads, makes = _ends(package.program, stage)
@@ -87,7 +89,7 @@ class _Again:
                 try:
                     with watch:
                         made, _ = code[f"forward_{stage}"](
-                            Draw(self.seed, self.request.number, self.micro_batch, {}),
+                            Draw(self.seed, self.request.number, self.micro_batch, {}, generator),
                             *given,
                             state,
                             *(values[v] for v in reads),

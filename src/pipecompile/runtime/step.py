@@ -16,6 +16,7 @@ from pipecompile.ir.link import Port
 from pipecompile.ir.program import Op
 from pipecompile.runtime.batch_norm import BatchStatistics
 from pipecompile.runtime.channels.ring import RingReceiver, RingSender
+from pipecompile.runtime.lanes import remark
 from pipecompile.runtime.step_spans import Spans
 
 _STAGE = re.compile(r"(?:stage|forward|record|again|backward|backward_input|backward_weight)_(\d+)")
@@ -80,14 +81,25 @@ def _held(gradient: torch.Tensor) -> torch.Tensor:
     return gradient if own else gradient.clone()
 
 
+def generator_of(tensors: Mapping[str, torch.Tensor]) -> torch.Generator:
+    """The one that random operators beside these weights draw from: the host's, or that of the card they lie on."""
+    cards = {tensor.device.index for tensor in tensors.values() if tensor.is_cuda}
+    return torch.cuda.default_generators[cards.pop()] if cards else torch.default_generator
+
+
 class Draw:
     """What a stage gets for one micro-batch: seeds for its random operators, and room for statistics of BatchNorms."""
 
     def __init__(
-        self, seed: int, step: int, micro_batch: int, statistics: dict[int, dict[int, BatchStatistics]]
+        self,
+        seed: int,
+        step: int,
+        micro_batch: int,
+        statistics: dict[int, dict[int, BatchStatistics]],
+        generator: torch.Generator,
     ) -> None:
         self._seed, self._step, self._micro_batch, self._statistics = seed, step, micro_batch, statistics
-        self._manual_seed = torch.default_generator.manual_seed
+        self._manual_seed = generator.manual_seed
 
     def __call__(self, op: int) -> None:
         """Seed random operator number ``op``."""
@@ -143,6 +155,7 @@ class StepLink:
         written: Sequence[str] = (),
     ) -> None:
         self._tensors, self._updates, self._seed = tensors, updates, seed
+        self._generator = generator_of(tensors)
         self._written = [tensors[name] for name in written]
         self._statistics: dict[int, dict[int, BatchStatistics]] = {}
         self._before: tuple[list[torch.Tensor], dict[str, torch.Tensor]] = ([], {})
@@ -190,7 +203,7 @@ class StepLink:
 
     def draw(self, micro_batch: int) -> Draw:
         """What seeds the random operators of a micro-batch, by number."""
-        return Draw(self._seed, self.number, micro_batch, self._statistics)
+        return Draw(self._seed, self.number, micro_batch, self._statistics, self._generator)
 
     def commit(self, norms: Sequence[tuple[int, str, str, float]], counters: Sequence[str]) -> None:
         """Update the running statistics of deferred BatchNorms, once a step; see :class:`BatchStatistics`."""
@@ -249,11 +262,22 @@ def step_error(error: BaseException, filename: str, device: int, stages: Sequenc
     """The exception of a device module in the model's own terms: stage, layer and generated line."""
     at = place(error, filename, stages)
     where = f" in {at.layer}" if at.layer else ""
-    trace = "".join(traceback.format_exception(error))
+    trace, reason = "".join(traceback.format_exception(error)), f"{error}{remark(error)}"
     return StepError(
-        f"stage {at.stage} on device {device} raised {type(error).__name__}{where}{done}: {error}\n  at {at.line}\n\n"
+        f"stage {at.stage} on device {device} raised {type(error).__name__}{where}{done}: {reason}\n  at {at.line}\n\n"
         f"Traceback on the device:\n{trace}"
     )
 
 
-__all__ = ["Draw", "NotFinite", "Place", "StepLink", "Sums", "Updates", "mask_seed", "place", "step_error"]
+__all__ = [
+    "Draw",
+    "NotFinite",
+    "Place",
+    "StepLink",
+    "Sums",
+    "Updates",
+    "generator_of",
+    "mask_seed",
+    "place",
+    "step_error",
+]

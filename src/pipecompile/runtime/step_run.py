@@ -13,6 +13,8 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from pipecompile.errors import NonFiniteError, StepError
 from pipecompile.ir.deal import Deal
 from pipecompile.ir.link import Port
@@ -91,6 +93,8 @@ class StepRun:
             text = step_error(
                 error, self._module.filename, self._module.device, self._module.stages, f" in step {link.number}"
             )
+            if isinstance(error, torch.AcceleratorError):
+                raise text from error  # nothing more can be done on that card, by any device
             outcome = Outcome(error=str(text), updated=link.updated)
         else:
             return Outcome(list(link.losses), updated=link.updated)

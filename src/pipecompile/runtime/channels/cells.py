@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -57,13 +58,18 @@ def capacity(spec: TensorSpec, sizes: Mapping[str, int]) -> int:
     return _dynamic_header(spec) + aligned(evaluate(spec.limit, sizes)) + ALIGNMENT
 
 
-def make_cell(memory: mmap.mmap, offset: int, name: str, spec: TensorSpec, room: int) -> Cell:
-    """The cell for a value called ``name`` at ``offset`` of ``memory``, ``room`` bytes long."""
+def make_cell(
+    memory: mmap.mmap, offset: int, name: str, spec: TensorSpec, room: int, card: torch.Tensor | None = None
+) -> Cell:
+    """The cell for a value called ``name`` at ``offset`` of ``memory``, ``room`` bytes long.
+
+    With ``card``, bytes of the same layout elsewhere, tensors lie there, and are copied without waiting for the copy.
+    """
     if spec.kind != "tensor":
         return NumberCell(memory, offset, name, spec)
     if spec.dynamic:
-        return DynamicCell(memory, offset, name, spec, room)
-    return TensorCell(memory, offset, name, spec)
+        return DynamicCell(memory, offset, name, spec, room, card)
+    return TensorCell(memory if card is None else card, offset, name, spec)
 
 
 def disjoint(shape: Sequence[int], stride: Sequence[int]) -> bool:
@@ -83,13 +89,14 @@ class TensorCell:
 
     __slots__ = ("_copy", "_dense", "_disjoint", "_dtype", "_flat", "_name", "_shape", "_spec", "_view")
 
-    def __init__(self, memory: mmap.mmap, offset: int, name: str, spec: TensorSpec) -> None:
+    def __init__(self, memory: mmap.mmap | torch.Tensor, offset: int, name: str, spec: TensorSpec) -> None:
         self._name, self._spec = name, spec
         self._flat, self._view = _map(memory, offset + spec.skew, spec.torch_dtype, spec.shape, spec.stride)
         self._shape, self._dtype = self._view.shape, self._view.dtype
         self._disjoint = disjoint(spec.shape, spec.stride)
         self._dense = self._disjoint and spec.extent == self._view.numel()
-        self._copy: Callable[[torch.Tensor], Any] = self._view.copy_
+        copy, waits = self._view.copy_, isinstance(memory, mmap.mmap)
+        self._copy: Callable[[torch.Tensor], Any] = copy if waits else partial(copy, non_blocking=True)
 
     def store(self, value: Any) -> None:
         """Copy the tensor in."""
@@ -97,7 +104,7 @@ class TensorCell:
         if self._disjoint:
             self._copy(value)
         else:
-            self._flat.copy_(_flat(value, self._flat.numel()))
+            self._flat.copy_(_flat(value, self._flat.numel()), non_blocking=True)
 
     def check(self, value: Any) -> None:
         """Compare shape and dtype; strides only where the copy depends on them."""
@@ -166,9 +173,12 @@ class DynamicCell:
 
     __slots__ = ("_data", "_header", "_memory", "_name", "_rank", "_room", "_spec")
 
-    def __init__(self, memory: mmap.mmap, offset: int, name: str, spec: TensorSpec, room: int) -> None:
+    def __init__(
+        self, memory: mmap.mmap, offset: int, name: str, spec: TensorSpec, room: int, card: torch.Tensor | None = None
+    ) -> None:
         header = _dynamic_header(spec)
-        self._memory, self._name, self._spec, self._rank = memory, name, spec, len(spec.shape)
+        self._memory = memory if card is None else card
+        self._name, self._spec, self._rank = name, spec, len(spec.shape)
         self._data, self._room = offset + header, room - header
         self._header = memoryview(memory)[offset : offset + header].cast("q")
 
@@ -198,9 +208,9 @@ class DynamicCell:
             self._header[i] = number
         flat, view = _map(self._memory, self._data + skew, value.dtype, shape, stride)
         if disjoint(shape, stride):
-            view.copy_(value)
+            view.copy_(value, non_blocking=True)
         else:
-            flat.copy_(_flat(value, flat.numel()))
+            flat.copy_(_flat(value, flat.numel()), non_blocking=True)
 
     def load(self) -> torch.Tensor:
         """A view made from the slot's description."""
@@ -232,13 +242,19 @@ def _dynamic_header(spec: TensorSpec) -> int:
 
 
 def _map(
-    memory: mmap.mmap, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]
+    memory: mmap.mmap | torch.Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The elements from the first to the last addressed one, flat, and the strided view of them."""
     extent = _extent(shape, stride)
     if extent == 0:
-        return torch.empty(0, dtype=dtype), torch.empty_strided(shape, stride, dtype=dtype)
-    flat = torch.frombuffer(memory, dtype=dtype, count=extent, offset=offset)
+        device = memory.device if isinstance(memory, torch.Tensor) else None
+        empty = torch.empty(0, dtype=dtype, device=device)
+        return empty, torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    if isinstance(memory, torch.Tensor):
+        # `.data` counts writes anew: one to another slot must not look to autograd like one to this.
+        flat = memory.data[offset : offset + extent * dtype.itemsize].view(dtype)
+    else:
+        flat = torch.frombuffer(memory, dtype=dtype, count=extent, offset=offset)
     return flat, flat.as_strided(shape, stride)
 
 
@@ -251,7 +267,7 @@ def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
 def _flat(value: torch.Tensor, extent: int) -> torch.Tensor:
     # A lazily conjugated or negated tensor holds other bits than it means: copying resolves them.
     if value.is_conj() or value.is_neg():
-        plain = torch.empty(extent, dtype=value.dtype)
+        plain = torch.empty(extent, dtype=value.dtype, device=value.device)
         plain.copy_(value.as_strided((extent,), (1,)))
         return plain
     return value.as_strided((extent,), (1,))

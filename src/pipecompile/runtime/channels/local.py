@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+import torch
 
 from pipecompile.errors import PipelineError
 from pipecompile.ir.cluster import Link
@@ -36,15 +38,17 @@ class LocalSignal:
 class LocalEdge:
     """Both ends of an edge. Values are copied, so that a stage never sees its sender's tensors."""
 
-    def __init__(self, edge: Edge, sizes: Mapping[str, int]) -> None:
+    def __init__(self, edge: Edge, sizes: Mapping[str, int], card: Callable[[int], torch.Tensor] | None = None) -> None:
+        """``card`` gives so many bytes where tensors are to lie, if that is elsewhere."""
         layout = RingLayout.of(edge, sizes)
-        self._ring = Ring.map(mmap.mmap(-1, max(layout.nbytes, mmap.PAGESIZE)), layout)
-        self._arrivals, self._credits = LocalSignal(edge.name), LocalSignal(edge.name)
+        elsewhere = None if card is None else card(layout.nbytes)
+        self.ring = Ring.map(mmap.mmap(-1, max(layout.nbytes, mmap.PAGESIZE)), layout, elsewhere)
+        self.signals = LocalSignal(edge.name), LocalSignal(edge.name)
 
     def sender(self, index: int = 0) -> RingSender:
         """The sending end."""
-        return RingSender(self._ring, self._arrivals, self._credits, index)
+        return RingSender(self.ring, *self.signals, index)
 
     def receiver(self, index: int = 0, throttle: Link | None = None) -> RingReceiver:
         """The receiving end."""
-        return RingReceiver(self._ring, self._arrivals, self._credits, index, throttle)
+        return RingReceiver(self.ring, *self.signals, index, throttle)

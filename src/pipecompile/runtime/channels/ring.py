@@ -85,7 +85,7 @@ class Slot:
 
     __slots__ = ("cells", "clock", "header", "posted", "values")
 
-    def __init__(self, memory: mmap.mmap, layout: RingLayout, index: int) -> None:
+    def __init__(self, memory: mmap.mmap, layout: RingLayout, index: int, card: torch.Tensor | None = None) -> None:
         start = layout.slot_nbytes * index
         words = memoryview(memory)[start : start + _HEADER]
         self.header, self.clock = words.cast("q"), words.cast("d")
@@ -95,7 +95,7 @@ class Slot:
         cells: list[Cell] = []
         at = start + _HEADER
         for name, spec, room in zip(layout.edge.values, layout.edge.specs, layout.rooms, strict=True):
-            cells.append(make_cell(memory, at, name, spec, room))
+            cells.append(make_cell(memory, at, name, spec, room, card))
             at += room
         self.cells = tuple(cells)
         fixed = all(spec.kind == "tensor" and not spec.dynamic for spec in layout.edge.specs)
@@ -111,10 +111,13 @@ class Ring:
     last: memoryview
 
     @classmethod
-    def map(cls, memory: mmap.mmap, layout: RingLayout) -> Ring:
-        """The ring in mapped memory. Its views must be ordinary tensors, whatever mode the caller is in."""
+    def map(cls, memory: mmap.mmap, layout: RingLayout, card: torch.Tensor | None = None) -> Ring:
+        """The ring in mapped memory. Its views must be ordinary tensors, whatever mode the caller is in.
+
+        With ``card``, as many bytes elsewhere, tensors lie there, and all else in ``memory``.
+        """
         with torch.inference_mode(False), torch.no_grad():
-            slots = tuple(Slot(memory, layout, index) for index in range(layout.edge.slots))
+            slots = tuple(Slot(memory, layout, index, card) for index in range(layout.edge.slots))
         return cls(layout.edge, slots, memoryview(memory)[layout.nbytes - _HEADER : layout.nbytes].cast("q"))
 
 
