@@ -30,7 +30,10 @@ class Masks(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name in RANDOM:
-            torch.default_generator.manual_seed(mixed([*self.key, self.count]))
+            where = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+            cuda = where.type == "cuda"
+            generator = torch.cuda.default_generators[where.index] if cuda else torch.default_generator
+            generator.manual_seed(mixed([*self.key, self.count]))
             self.count += 1
         return func(*args, **(kwargs or {}))
 
