@@ -348,6 +348,8 @@ def test_a_worker_stopped_while_it_waits_has_hung(warm: int, where: str) -> None
         session.submit(samples(1))
         session.result(timeout=20)
     pids = session.pids
+    while warm and Path(f"/proc/{pids[1]}/stat").read_text().rpartition(") ")[2][0] != "S":
+        time.sleep(0.01)  # it goes on a little after its last result before it waits
     os.kill(pids[1], signal.SIGSTOP)
     session.submit(samples(1))
     with pytest.raises(WorkerHung, match=f"device 1 .*({where})"):
