@@ -76,8 +76,11 @@ class Sums:
 
 
 def _held(gradient: torch.Tensor) -> torch.Tensor:
-    """A copy of what lies in a ring slot, which is used again: autograd may hand its argument through."""
-    own = gradient.layout is not torch.strided or gradient.untyped_storage().resizable()
+    """A copy of what lies in a ring slot, which is used again: autograd may hand its argument through.
+
+    The indices of a sparse gradient are the input of its embedding.
+    """
+    own = gradient.layout is torch.strided and gradient.untyped_storage().resizable()
     return gradient if own else gradient.clone()
 
 
