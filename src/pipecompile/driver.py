@@ -34,6 +34,9 @@ from pipecompile.streams.entrance import Overload
 #: What carries out each mode: called with model, args, kwargs, cluster and the options of the mode.
 _MODES: Mapping[str, Any] = {"infer": compile_inference, "train": compile_training, "learn": compile_learning}
 
+#: Torch's tracing keeps state of the whole process, and two that time a model at once would time each other.
+_one_at_a_time = threading.RLock()
+
 
 @overload
 def compile(
@@ -77,6 +80,8 @@ def compile(
     **options: Any,
 ) -> InferencePipeline | TrainingPipeline | LearningPipeline:
     """Compile ``model``, called as ``model(*example_inputs, **example_kwargs)``, into a pipeline.
+
+    Of several threads that call it one compiles at a time.
 
     Args:
         model: any module that ``torch.export`` can capture, on the CPU, or on the card it is to be trained on.
@@ -188,7 +193,8 @@ def compile(
     check_runs_here(cluster, mode, options.get("executor"))
     if cluster.card is not None:
         options["executor"] = "inline"
-    return _MODES[mode](model, args, dict(example_kwargs or {}), cluster, **options)
+    with _one_at_a_time:
+        return _MODES[mode](model, args, dict(example_kwargs or {}), cluster, **options)
 
 
 def _import_aside(module: str) -> None:

@@ -22,6 +22,7 @@ from pipecompile.pipelines.model_weights import ModelWeights
 from pipecompile.pipelines.param_groups import ModelGroups
 from pipecompile.pipelines.train_artefact import SavedTraining
 from pipecompile.pipelines.training_state import TrainingState
+from pipecompile.pipelines.user_code import check_code
 from pipecompile.runtime.batches import Reduction, loss_weights, moved, parts_of, split_inputs, split_targets
 from pipecompile.runtime.criterion import Criterion
 from pipecompile.runtime.not_finite import origin
@@ -269,6 +270,7 @@ def resume_training(
         )
     if reduction is None and named is None:
         raise InputError("this pipeline was compiled with a function as reduction=: give it again")
+    check_code(loss_fn, optimizer, executor)
     return TrainingPipeline(
         saved.step,
         saved.tensors,

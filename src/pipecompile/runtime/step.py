@@ -247,7 +247,7 @@ class Place:
 
 
 def place(error: BaseException, filename: str, stages: Sequence[int]) -> Place:
-    """The innermost frame of the module in a traceback, and the comment with the layer's name above it."""
+    """The innermost frame of the module in a traceback, and the comment with the layer's name above it; or the loss."""
     stage, layer, line = (stages[0] if stages else -1), "", filename
     for frame, number in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_filename == filename:
@@ -257,7 +257,9 @@ def place(error: BaseException, filename: str, stages: Sequence[int]) -> Place:
             above = (linecache.getline(filename, i).strip() for i in range(number, first, -1))
             if found or frame.f_code.co_name == "step":
                 layer = next((text.lstrip("# ") for text in above if text.startswith("#")), layer)
-            line = f"{filename}:{number}: {linecache.getline(filename, number).strip()}"
+            text = linecache.getline(filename, number).strip()
+            layer = "loss_fn" if "= loss_of(" in text else layer
+            line = f"{filename}:{number}: {text}"
     return Place(stage, layer, line)
 
 
