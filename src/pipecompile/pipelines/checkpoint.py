@@ -106,7 +106,9 @@ class Checkpoint:
         """
         missing, more = sorted(state.keys() - self.model.keys()), sorted(self.model.keys() - state.keys())
         if missing or more:
-            differ = [f"{what} {', '.join(names[:5])}" for what, names in (("lacks", missing), ("also has", more)) if names]
+            differ = [
+                f"{what} {', '.join(names[:5])}" for what, names in (("lacks", missing), ("also has", more)) if names
+            ]
             raise InputError(f"{path} is of another model: it {' and '.join(differ)}")
         for name, tensor in state.items():
             found = self.model[name]

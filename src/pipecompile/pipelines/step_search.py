@@ -290,7 +290,7 @@ class StepSearch:
             count // way.data_parallel,
             self.lower,
             self.recompute,
-            MeasureStep(self.profile_seconds / 8, self.deferred, self._dtype),
+            MeasureStep(self.profile_seconds / 8, self.deferred, self._dtype, turns=not self.inline),
             self._search,
             self.copies,
             measured=front.stages,
