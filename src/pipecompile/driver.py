@@ -107,7 +107,8 @@ def compile(
         profile_seconds: about how long to time the model.
         hang_seconds: how long a worker may compute one sample; max(2 s, 10 x profiled) if None.
         throttle: slow down edges (``{"0>1": Link(latency, bandwidth)}``): to try a slower network.
-        imports: modules the workers import first because they register custom operators.
+        imports: modules the workers import first because they register custom operators. Those in which
+            ``torch.library.custom_op`` made an operator of the model are found without.
         progress: called as ``progress(phase, fraction)`` while compiling.
         dynamic_shapes: (infer) sizes that may differ from sample to sample, as for ``torch.export.export``.
         pin: (infer) layers that must run on a device: ``{"encoder.*": "cpu:0"}``, patterns of layer names or

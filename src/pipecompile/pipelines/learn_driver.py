@@ -22,6 +22,7 @@ from pipecompile.ir.training import Gradients, StageCost
 from pipecompile.ir.tree import flatten
 from pipecompile.options import Progress, silent
 from pipecompile.passes.codegen_learn import CodegenLearn
+from pipecompile.passes.custom_operators import imports_of
 from pipecompile.passes.lower_learn import LowerLearn
 from pipecompile.passes.lower_step import LowerStep, owners, weight_users
 from pipecompile.passes.measure_step import MeasureStep
@@ -127,7 +128,7 @@ def compile_learning(
         program = VerifyLearn(rule).apply(lowered)
         modules = CodegenLearn(rule).apply(graph, traced.module, plan, program, gradients)
         owned = {stage: tuple(names) for stage, names in owners(weight_users(graph, plan, gradients.weights)).items()}
-        whole = replace(package_of(traced, leaves, modules, plan, program), imports=tuple(imports))
+        whole = replace(package_of(traced, leaves, modules, plan, program), imports=imports_of(traced.module, imports))
         return LearnPackage(whole, rule, owned, target)
 
     learn = package(None if example_targets is None else target_spec(example_targets))

@@ -268,6 +268,8 @@ def step_error(error: BaseException, filename: str, device: int, stages: Sequenc
     at = place(error, filename, stages)
     where = f" in {at.layer}" if at.layer else ""
     trace, reason = "".join(traceback.format_exception(error)), f"{error}{remark(error)}"
+    if "_OpNamespace" in reason:
+        reason += "; give compile() imports=[the module that registers this operator]"
     return StepError(
         f"stage {at.stage} on device {device} raised {type(error).__name__}{where}{done}: {reason}\n  at {at.line}\n\n"
         f"Traceback on the device:\n{trace}"
