@@ -183,6 +183,8 @@ def test_what_cannot_be_saved_or_loaded_is_named(tmp_path: Path) -> None:
         path.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(ArtefactError, match="not a whole checkpoint"):
             pipe.load_checkpoint(path)
+        with pytest.raises(ArtefactError, match="there is no such checkpoint"):
+            pipe.load_checkpoint(tmp_path / "other.safetensors")
         save_file({"a": torch.ones(1)}, path)
         with pytest.raises(ArtefactError, match="no checkpoint of pipecompile"):
             pipe.load_checkpoint(path)

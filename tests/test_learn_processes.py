@@ -91,7 +91,7 @@ class Loss(nn.Module):
 @pytest.mark.parametrize(
     ("what", "error", "said"),
     [
-        ("raise", StepError, r"stage 1 on device 1 raised IndexError at sample 12: no such class"),
+        ("raise", StepError, r"stage 1 on device 1 raised IndexError in loss_fn at sample 12: no such class"),
         ("sleep", WorkerHung, r"device 1 \(stages 1\) made no progress for .* after waiting"),
         ("die", WorkerDied, r"device 0 \(stages 0\) was killed by SIGKILL"),
     ],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +284,24 @@ def test_report_writes_a_page_before_and_after_a_run(tmp_path: Path) -> None:
         assert "Measured over 10 samples" in after
         with pytest.raises(InputError, match=r"cannot write .*absent"):
             pipe.report(tmp_path / "absent" / "page.html")
+
+
+def test_models_may_be_compiled_in_several_threads_at_once() -> None:
+    """Torch's capture holds state of the whole process, so they take turns."""
+    x, failed = torch.randn(4, 3), list[BaseException]()
+    trained: dict[str, Any] = {"mode": "train", "loss_fn": nn.MSELoss(), "optimizer": partial(torch.optim.SGD, lr=0.1)}
+
+    def compile_one(options: dict[str, Any]) -> None:
+        try:
+            for _ in range(2):
+                model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+                pipecompile.compile(model, (x,), executor="inline", profile_seconds=0.02, **options).close()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=compile_one, args=(options,)) for options in ({}, trained)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed

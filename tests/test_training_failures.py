@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -56,6 +57,61 @@ def test_buffers_and_accumulated_gradients_are_put_back(executor: Executor) -> N
             losses.append(float(pipe.train_step(job.inputs, job.targets, update=step % 2 == 1)))
         assert losses == pytest.approx(wanted.losses, rel=1e-10)
         assert furthest(dict(job.model.state_dict()), dict(wanted.model.state_dict())) <= 1e-10
+
+
+def locked(_lock: Any, weights: Any) -> torch.optim.Optimizer:
+    return SGD(weights)
+
+
+_LOCKED = partial(locked, threading.Lock())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"loss_fn": nn.MSELoss}, r"loss_fn=MSELoss is a class: give an object of it, MSELoss\(\.\.\.\)"),
+        ({"loss_fn": "mse"}, "loss_fn='mse' is not callable"),
+        ({"loss_fn": _LOCKED}, r"loss_fn= cannot be sent to worker processes \(TypeError"),
+        (
+            {"optimizer": _LOCKED},
+            r"optimizer= cannot be sent to worker processes \(TypeError",
+        ),
+    ],
+)
+def test_a_loss_or_optimizer_that_cannot_be_used_is_named_at_once(given: dict[str, Any], said: str) -> None:
+    job = TRAINING["mlp"].make()
+    options = {"loss_fn": job.loss_fn, "optimizer": SGD, **given}
+    with pytest.raises(InputError, match=said):
+        compiled(replace(job, loss_fn=options["loss_fn"]), 2, "1f1b", options["optimizer"], executor="process")
+
+
+class Weighing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(5, dtype=torch.float64))
+
+    def forward(self, result: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(result * self.scale, target)
+
+
+def test_a_loss_with_weights_that_nobody_would_train_is_refused() -> None:
+    """Its own, or the model's: in a worker these are copies."""
+    job, loss = TRAINING["mlp"].make(), Weighing()
+    last = [p for p in job.model.parameters() if p.dim() == 2][-1]
+
+    def regularised(result: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(result, target) + last.norm()
+
+    with (
+        compiled(replace(job, loss_fn=regularised), 2, "1f1b", SGD, reduction="mean") as pipe,
+        pytest.raises(StepError, match=r"in loss_fn in step 0: loss_fn uses a tensor of shape \(5, 16\), which would"),
+    ):
+        pipe.train_step(job.inputs, job.targets)
+    with compiled(replace(job, loss_fn=loss), 2, "1f1b", SGD, reduction="mean") as pipe:
+        with pytest.raises(StepError, match=r"loss_fn uses 'scale' of shape \(5,\)"):
+            pipe.train_step(job.inputs, job.targets)
+        loss.requires_grad_(False)
+        assert float(pipe.train_step(job.inputs, job.targets)) > 0
 
 
 def test_a_batch_of_one_and_one_smaller_than_the_micro_batches() -> None:

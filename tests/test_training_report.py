@@ -99,6 +99,17 @@ def test_the_page_shows_one_step_and_before_it_what_is_expected(tmp_path: Path) 
     assert "no step has run" in pipe.report(tmp_path / "closed.html").read_text()
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_v"])
+def test_a_smaller_batch_is_compared_with_a_step_of_as_many_micro_batches(schedule: str, tmp_path: Path) -> None:
+    job = TRAINING["mlp"].make()
+    with compiled(job, 2, schedule, SGD, dynamic_batch=True) as pipe:
+        pipe.train_step(tuple(x[:5] for x in job.inputs), job.targets[:5])  # 3 micro-batches of 4
+        page = pipe.report(tmp_path / "step.html").read_text()
+        assert page.count("<title>stage 0, forward of micro-batch 2:") == 2
+        assert "of micro-batch 3:" not in page
+        assert pipe.simulate(3).finishes[0] < pipe.simulate().finishes[0]
+
+
 def test_half_a_step_and_a_failed_one_have_no_timeline(tmp_path: Path) -> None:
     job = TRAINING["resnet"].make()
     for executor in ("inline", "process"):

@@ -34,6 +34,9 @@ from pipecompile.streams.entrance import Overload
 #: What carries out each mode: called with model, args, kwargs, cluster and the options of the mode.
 _MODES: Mapping[str, Any] = {"infer": compile_inference, "train": compile_training, "learn": compile_learning}
 
+#: Torch's tracing keeps state of the whole process, and two that time a model at once would time each other.
+_one_at_a_time = threading.RLock()
+
 
 @overload
 def compile(
@@ -78,6 +81,8 @@ def compile(
 ) -> InferencePipeline | TrainingPipeline | LearningPipeline:
     """Compile ``model``, called as ``model(*example_inputs, **example_kwargs)``, into a pipeline.
 
+    Of several threads that call it one compiles at a time.
+
     Args:
         model: any module that ``torch.export`` can capture, on the CPU, or on the card it is to be trained on.
             Its own mode is left as it is.
@@ -102,7 +107,8 @@ def compile(
         profile_seconds: about how long to time the model.
         hang_seconds: how long a worker may compute one sample; max(2 s, 10 x profiled) if None.
         throttle: slow down edges (``{"0>1": Link(latency, bandwidth)}``): to try a slower network.
-        imports: modules the workers import first because they register custom operators.
+        imports: modules the workers import first because they register custom operators. Those in which
+            ``torch.library.custom_op`` made an operator of the model are found without.
         progress: called as ``progress(phase, fraction)`` while compiling.
         dynamic_shapes: (infer) sizes that may differ from sample to sample, as for ``torch.export.export``.
         pin: (infer) layers that must run on a device: ``{"encoder.*": "cpu:0"}``, patterns of layer names or
@@ -188,7 +194,8 @@ def compile(
     check_runs_here(cluster, mode, options.get("executor"))
     if cluster.card is not None:
         options["executor"] = "inline"
-    return _MODES[mode](model, args, dict(example_kwargs or {}), cluster, **options)
+    with _one_at_a_time:
+        return _MODES[mode](model, args, dict(example_kwargs or {}), cluster, **options)
 
 
 def _import_aside(module: str) -> None:

@@ -116,7 +116,11 @@ def _real(value: Any) -> bool:
     return isinstance(value, (int, float)) and value > 0
 
 
-def _seconds(value: Any) -> bool:
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _amount(value: Any) -> bool:
     return isinstance(value, (int, float)) and value >= 0
 
 
@@ -155,12 +159,14 @@ _VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "on_failure": (lambda value: value in get_args(OnFailure), "'raise' or 'restart'"),
     "hang_seconds": (_real, "a number of seconds above 0"),
-    "time_limit": (_seconds, "a number of seconds, 0 or more"),
+    "time_limit": (_amount, "a number of seconds, 0 or more"),
     "colocate": (_patterns, "a list of patterns of layer names, or of lists of them"),
     "data_parallel": (lambda value: isinstance(value, int), "a whole number of pipelines"),
-    "micro_batches": (lambda value: isinstance(value, int) or value == "auto", "a whole number or 'auto'"),
+    "micro_batches": (lambda value: _whole(value) or value == "auto", "a whole number or 'auto'"),
     "snapshot_every": (lambda value: isinstance(value, int), "a whole number of samples"),
     "seed": (lambda value: isinstance(value, int), "a whole number"),
+    "schedule": (lambda value: isinstance(value, str), "the name of a schedule, or 'auto'"),
+    "memory_limit": (_amount, "a number of bytes, 0 or more"),
     "ahead": (lambda value: isinstance(value, int) and value >= 0, "a whole number of messages, 0 or more"),
     "clip_norm": (_real, "a number above 0"),
     "profile_seconds": (_real, "a number of seconds above 0"),

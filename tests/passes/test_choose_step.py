@@ -64,6 +64,16 @@ def test_a_memory_limit_leaves_out_what_keeps_too_much() -> None:
         ChooseStep(1999).apply(every)
 
 
+def test_a_refusal_names_a_handful_and_their_micro_batches() -> None:
+    every = [candidate(name, count, EVEN) for name in STEP_SCHEDULES for count in (4, 8)]
+    least = min(c.memory for c in every if c.name == "1f1b")
+    with pytest.raises(PlanError, match=r"they need: .*, 6 others more\. Use more") as refused:
+        ChooseStep(10).apply(every)
+    said = str(refused.value)
+    assert f"1f1b (4 micro-batches) {least:,}" in said
+    assert said.count("micro-batches)") == 6
+
+
 def test_beside_others_a_stage_takes_longer_for_as_long_as_they_are_busy() -> None:
     """By hand: 1F1B with two stages and four micro-batches is 15 units of time long, of which 12 are work."""
     found = candidate("1f1b", 4, EVEN)

@@ -12,6 +12,7 @@ from torch import nn
 from pipecompile.errors import InputError, TraceError
 from pipecompile.ir.graph import ModelGraph
 from pipecompile.passes.trace import Trace
+from pipecompile.passes.trace_step import TraceStep
 
 
 def graph_of(model: nn.Module, *args: Any, leaf: tuple[Any, ...] = (), **kwargs: Any) -> ModelGraph:
@@ -252,3 +253,36 @@ def test_tracing_leaves_weights_and_attributes_as_they_were() -> None:
     assert model.last is last
     assert not last.any()
     assert {entry.fqn for entry in traced.graph.state if entry.mutated} == {"layer.weight", "last"}
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(3, 3, batch_first=True)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return self.rnn(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True))[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "said"),
+    [
+        (Packed(), (torch.randn(2, 4, 3), torch.tensor([4, 2])), "where: +.*pack_padded_.*try: +a packed sequence"),
+        (
+            nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 1, 4), 1, enable_nested_tensor=False),
+            (torch.randn(3, 1, 4), torch.full((3, 3), -torch.inf).triu(1)),
+            "try: +say whether the mask is causal: is_causal=",
+        ),
+    ],
+)
+def test_what_torchs_own_layers_decide_by_values_is_explained(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], said: str
+) -> None:
+    with pytest.raises(TraceError, match=rf"(?s){said}"):
+        Trace().apply(model, inputs, {})
+
+
+def test_a_layer_of_torch_is_named_where_no_line_of_the_model_can_be() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, momentum=None))
+    with pytest.raises(TraceError, match=r"where: +layer '1' \(BatchNorm1d\)\n +try: +momentum=None averages"):
+        TraceStep().trace(model, (torch.randn(4, 3),), {})

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipecompile.ir.graph import TensorSpec
 from pipecompile.ir.package import Package
-from pipecompile.ir.program import Edge, Op, Program
+from pipecompile.ir.program import Edge, Instruction, Op, Program
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,18 @@ def waiting_at_once(program: Program) -> tuple[int, ...]:
     return tuple(found)
 
 
+def of_parts(program: Program, parts: int) -> Program:
+    """What of a step's program is carried out for a batch of only so many micro-batches, the first ones."""
+    tied = {edge.name for edge in program.edges if edge.tied}
+
+    def happens(step: Instruction) -> bool:
+        always = step.op is Op.STEP or step.edge in tied
+        return always or program.deal(step.stage).number(step.sample) < parts
+
+    devices = (replace(device, warm_up=tuple(filter(happens, device.warm_up))) for device in program.devices)
+    return replace(program, devices=tuple(devices))
+
+
 __all__ = [
     "HELPERS",
     "UNIT",
@@ -192,5 +204,6 @@ __all__ = [
     "StepRequest",
     "chain_edges",
     "kept_at_once",
+    "of_parts",
     "waiting_at_once",
 ]

@@ -110,6 +110,7 @@ def capture(
     shapes = None
     if dynamic_shapes is not None:
         shapes = {"leaves": tuple(_shapes_of_leaves(model, in_tree, args, kwargs, dynamic_shapes))}
+    traced = model
     try:
         with warnings.catch_warnings(), torch.set_grad_enabled(gradients), quiet_export():
             warnings.simplefilter("ignore")
@@ -123,7 +124,7 @@ def capture(
     except PipecompileError:
         raise
     except Exception as error:  # export raises dozens of classes, user code any
-        raise explain(error, model) from error
+        raise explain(error, traced) from error
     return _rename(exported, model, found[0], in_tree, _input_names(model, in_tree, len(args)))
 
 

@@ -13,6 +13,9 @@ from pipecompile.ir.training import StageCost, kept_at_once, waiting_at_once
 from pipecompile.schedules.recompute import recomputed
 from pipecompile.simulate.step import bubble, simulate_step
 
+#: How many candidates a refusal names.
+_HANDFUL = 6
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -91,12 +94,24 @@ class ChooseStep:
         """
         fitting = [c for c in candidates if self.fits(c)]
         if not fitting:
-            needs = ", ".join(f"{c.name} {c.memory:,}" for c in sorted(candidates, key=lambda c: c.memory))
             raise PlanError(
                 f"no schedule keeps its activations within memory_limit={self.memory_limit:,} bytes a device; they "
-                f"need: {needs}. Use more micro-batches or devices, recompute='auto', or a higher limit"
+                f"need: {_needs(candidates)}. Use more micro-batches or devices, recompute='auto', or a higher limit"
             )
         return min(fitting, key=lambda c: (c.seconds, c.memory))
+
+
+def _needs(candidates: Sequence[Candidate]) -> str:
+    """What the most modest candidates keep, a handful of them; with their micro-batches where numbers differ."""
+    several = len({candidate.program.micro_batches for candidate in candidates}) > 1
+    needs = dict[str, int]()
+    for candidate in sorted(candidates, key=lambda c: c.memory):
+        count = candidate.program.micro_batches
+        parts = f" ({count} micro-batch{'es' if count > 1 else ''})" if several else ""
+        needs.setdefault(candidate.name + parts, candidate.memory)
+    first = [f"{name} {needed:,}" for name, needed in needs.items()][:_HANDFUL]
+    more = len(needs) - len(first)
+    return ", ".join(first) + (f", {more} others more" if more else "")
 
 
 __all__ = ["Candidate", "ChooseStep"]

@@ -89,12 +89,14 @@ class MeasureStep:
     """Time every stage alone on real values, for about ``budget`` seconds a piece.
 
     Repeated alone a stage keeps its weights in its core's cache as far as they fit, which is what
-    it does in a pipeline too, from one micro-batch to the next.
+    it does in a pipeline too, from one micro-batch to the next. With ``turns`` the jobs of what each
+    device does are kept, and with them the activations that the stages are timed with.
     """
 
     budget: float = 0.3
     deferred: bool = False
     autocast: str | None = None
+    turns: bool = False
 
     def apply(
         self,
@@ -144,12 +146,12 @@ class MeasureStep:
             _turn(source, device.device, [(f"run_{pieces[s][-1]}_{s}", given[s]) for s in device.stages])
             for device in program.devices
         )
-        return MeasuredStep(costs, turns)
+        return MeasuredStep(costs, turns if self.turns else ())
 
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """What each stage takes alone, and per device of the program the job of all it does for one micro-batch."""
+    """What each stage takes alone; if asked for, per device of the program the job of all it does for one micro-batch."""
 
     costs: tuple[StageCost, ...]
     turns: tuple[Job, ...]

@@ -124,7 +124,8 @@ class StageWriter:
         self.results = [v for v in self.makes if v in self.gradients.values and not self.last]
         self.trained = [name for name in self.state if name in self.gradients.weights]
         ops = {s.op for s in (*self.device.warm_up, *self.device.body) if s.stage == self.stage}
-        self.late = self._late_weights() if Op.BACKWARD_WEIGHT in ops else {}
+        known = self.last or bool(self.results)  # else no gradient comes in
+        self.late = self._late_weights() if known and Op.BACKWARD_WEIGHT in ops else {}
         written = {entry.name for entry in graph.state if entry.mutated}
         self.written = [i for i, name in enumerate(self.state) if name in written]
         self._ops = ops
@@ -233,7 +234,6 @@ class StageWriter:
         lines = ['"""Gradients of what the stage received; those of its weights are added to `sums`."""']
         lines += self._unpack(edges=False)
         lines += self._grad([], self.trained, self.more)
-        lines += [f'sums.add("{w}", d_{self.name(w)})' for w in self.trained]
         return self._define_backward("backward", [*lines, self._return()])
 
     def _backward_input(self) -> str:
@@ -244,7 +244,6 @@ class StageWriter:
         lines += self._unpack(edges=True)
         edges = [edge_name(node) for node in self.late]
         lines += self._grad(edges, early, ", retain_graph=True" if edges else "")
-        lines += [f'sums.add("{w}", d_{self.name(w)})' for w in early]
         pending = tuple_of("", [f"({edge}, d_{edge})" for edge in edges])
         return self._define_backward("backward_input", [*lines, f"{self._return()}, {pending}"])
 
@@ -270,7 +269,7 @@ class StageWriter:
         return lines
 
     def _grad(self, edges: Sequence[str], weights: Sequence[str], more: str) -> list[str]:
-        """One call of autograd for everything, or nothing where there is nothing to ask for."""
+        """One call of autograd for everything, or nothing where there is nothing to ask for; weights go to the sums."""
         wanted = [*(self.name(v) for v in self.leaves), *edges, *(self.name(w) for w in weights)]
         results = ["loss"] if self.last else [self.name(v) for v in self.results]
         if not wanted or not results:
@@ -278,7 +277,7 @@ class StageWriter:
         given = "None" if self.last else tuple_of("", [f"d_{self.name(v)}" for v in self.results])
         call = f"grad({tuple_of('', results)}, {tuple_of('', wanted)}, {given}{more}, allow_unused=True)"
         targets = ", ".join(f"d_{w}" for w in wanted) + ("," if len(wanted) == 1 else "")
-        return [f"{targets} = {call}"]
+        return [f"{targets} = {call}", *(f'sums.add("{w}", d_{self.name(w)})' for w in weights)]
 
     def _return(self) -> str:
         known = self.last or bool(self.results)

@@ -86,7 +86,10 @@ def _prepare(found: Capture, leaves: list[Any]) -> Observation:
 
 
 def _gradients(found: Traced, leaves: list[Any]) -> Gradients:
-    """Run the graph once with gradients, and note which values have them."""
+    """Run the graph once with gradients, and note which values have them: those that require them and lead to a result.
+
+    A branch that ends in a ``detach()`` has none, as in plain PyTorch: no zeros, which an optimizer would act upon.
+    """
     with torch.enable_grad(), torch.random.fork_rng(devices=cards()):
         watcher = _Watcher(found.module)
         watcher.run(*copies(found.tensors.values()), *(_plain(leaf) for leaf in copies(leaves)))
@@ -100,7 +103,7 @@ def _gradients(found: Traced, leaves: list[Any]) -> Gradients:
         raise TraceError(
             f"{found.graph.name} has nothing to train: no result depends on a parameter that requires gradients"
         )
-    return Gradients(frozenset(watcher.values), weights)
+    return Gradients(_leading(found.module.graph, watcher), weights)
 
 
 def _plain(value: Any) -> Any:
@@ -113,12 +116,30 @@ class _Watcher(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.values: set[str] = set()
+        self.through: set[str] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.op == "call_function" and isinstance(result, torch.Tensor) and result.requires_grad:
-            self.values.add(n.name)
+        if n.op == "call_function":
+            if not isinstance(result, torch.Tensor):  # several, taken apart by further nodes
+                self.through.add(n.name)
+            elif result.requires_grad:
+                self.values.add(n.name)
         return result
+
+
+def _leading(graph: fx.Graph, watcher: _Watcher) -> frozenset[str]:
+    """The values that lead to a result. What goes into an in-place operator does: others see it there."""
+    lead: set[str] = set()
+    for node in reversed(graph.nodes):
+        users = {user.name for user in node.users}
+        if users & lead or any(user.op == "output" for user in node.users) or _in_place(node):
+            lead |= {node.name} & (watcher.values | watcher.through)
+    return frozenset(lead & watcher.values)
+
+
+def _in_place(node: fx.Node) -> bool:
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 __all__ = ["TraceStep"]

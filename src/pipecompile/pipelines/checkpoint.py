@@ -86,7 +86,7 @@ class Checkpoint:
                 head = json.loads((file.metadata() or {}).get(_KEY, "null"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except FileNotFoundError:
-            raise
+            raise ArtefactError(f"{path}: there is no such checkpoint") from None
         except (SafetensorError, OSError) as error:
             raise ArtefactError(f"{path}: not a whole checkpoint: {error}") from error
         if head is None:
@@ -106,7 +106,10 @@ class Checkpoint:
         """
         missing, more = sorted(state.keys() - self.model.keys()), sorted(self.model.keys() - state.keys())
         if missing or more:
-            raise InputError(f"{path} is of another model: it lacks {missing[:5]} and has {more[:5]} besides")
+            differ = [
+                f"{what} {', '.join(names[:5])}" for what, names in (("lacks", missing), ("also has", more)) if names
+            ]
+            raise InputError(f"{path} is of another model: it {' and '.join(differ)}")
         for name, tensor in state.items():
             found = self.model[name]
             if found.shape != tensor.shape or found.dtype != tensor.dtype:

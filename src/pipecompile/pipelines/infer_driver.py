@@ -22,6 +22,7 @@ from pipecompile.ir.program import Program
 from pipecompile.ir.tree import flatten
 from pipecompile.options import Progress, silent
 from pipecompile.passes.codegen import Codegen
+from pipecompile.passes.custom_operators import imports_of
 from pipecompile.passes.lower import Lower
 from pipecompile.passes.partition import ObjectiveName, Partition
 from pipecompile.passes.profile import ProfileLayers, whole_model
@@ -70,6 +71,7 @@ def compile_inference(
     tell("trace", 0.0)
     with eager_models():
         traced = Trace(tuple(leaf), dynamic_shapes).apply(model, args, kwargs)
+    imports = imports_of(traced.module, imports)
     measure, leaves = CpuMeasure(imports=imports), flatten((args, kwargs))[0]
     compiler = Compiler(traced, leaves, measure, Lower(ahead), partition, profile_seconds, executor == "process")
     tell("profile", 0.3)
@@ -77,11 +79,11 @@ def compile_inference(
     tell("partition", 0.6)
     if cluster.link == Link():
         cluster = replace(cluster, link=profile.link)
-    plan = compiler.fastest(profile, cluster, tuple(imports)) if replicate else compiler.plan(profile, cluster)
+    plan = compiler.fastest(profile, cluster, imports) if replicate else compiler.plan(profile, cluster)
     if len(plan.loads) < len(cluster.devices):
         warn("; ".join(plan.notes))
     tell("codegen", 0.9)
-    package = compiler.package(plan, tuple(imports))
+    package = compiler.package(plan, imports)
     tell("done", 1.0)
     return InferencePipeline(
         package,

@@ -22,6 +22,7 @@ from pipecompile.ir.training import Gradients, StageCost
 from pipecompile.ir.tree import flatten
 from pipecompile.options import Progress, silent
 from pipecompile.passes.codegen_learn import CodegenLearn
+from pipecompile.passes.custom_operators import imports_of
 from pipecompile.passes.lower_learn import LowerLearn
 from pipecompile.passes.lower_step import LowerStep, owners, weight_users
 from pipecompile.passes.measure_step import MeasureStep
@@ -34,7 +35,7 @@ from pipecompile.passes.verify_learn import VerifyLearn
 from pipecompile.pipelines.learning import LearningPipeline
 from pipecompile.pipelines.search_time import SearchTime
 from pipecompile.pipelines.step_planner import ExampleLoss, StepPlanner, package_of, update_seconds
-from pipecompile.pipelines.train_driver import weight_copies
+from pipecompile.pipelines.user_code import check_code
 from pipecompile.runtime.learn import LearnOptions, OnNonfinite
 from pipecompile.runtime.measure import CpuMeasure
 from pipecompile.runtime.update import OptimizerFactory
@@ -72,13 +73,13 @@ def compile_learning(
 ) -> LearningPipeline:
     """See :func:`pipecompile.compile`; ``args`` and ``kwargs`` are one sample."""
     _check(updates, clock, accumulate, on_nonfinite, on_failure)
-    if not callable(loss_fn):
-        raise InputError(f"loss_fn={loss_fn!r} is not callable: it is given a result and a target, and gives a scalar")
-    if optimizer is None:  # type: ignore[reportUnnecessaryComparison]
-        raise InputError(
-            "optimizer=None: mode='learn' updates with every sample; give functools.partial(torch.optim.SGD, lr=0.1)"
-        )
-    copies = weight_copies(optimizer)
+    for name, code in (("loss_fn", loss_fn), ("optimizer", optimizer)):
+        if code is None:  # type: ignore[reportUnnecessaryComparison]
+            raise InputError(
+                f"{name}=None: mode='learn' updates with every sample; give for example "
+                "loss_fn=torch.nn.CrossEntropyLoss(), optimizer=functools.partial(torch.optim.SGD, lr=0.1)"
+            )
+    copies = check_code(loss_fn, optimizer, executor)
     if snapshot_every < 1:
         raise InputError(f"snapshot_every={snapshot_every}: it counts samples, 1 or more")
     tell, ahead = progress or silent, 1 if ahead is None else ahead
@@ -127,7 +128,7 @@ def compile_learning(
         program = VerifyLearn(rule).apply(lowered)
         modules = CodegenLearn(rule).apply(graph, traced.module, plan, program, gradients)
         owned = {stage: tuple(names) for stage, names in owners(weight_users(graph, plan, gradients.weights)).items()}
-        whole = replace(package_of(traced, leaves, modules, plan, program), imports=tuple(imports))
+        whole = replace(package_of(traced, leaves, modules, plan, program), imports=imports_of(traced.module, imports))
         return LearnPackage(whole, rule, owned, target)
 
     learn = package(None if example_targets is None else target_spec(example_targets))

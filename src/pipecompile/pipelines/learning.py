@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import replace
@@ -16,29 +15,24 @@ from torch import nn
 
 from pipecompile.errors import InputError, PipecompileWarning, PipelineClosed, PipelineError, WorkerDied, WorkerHung
 from pipecompile.ir.cluster import Link
-from pipecompile.ir.learning import PREDICTED, SKIPPED, Learned, LearnPackage, Outcome, Rule
-from pipecompile.ir.package import Package
-from pipecompile.ir.sample import Counts
+from pipecompile.ir.learning import PREDICTED, SKIPPED, Learned, LearnPackage, Outcome
 from pipecompile.ir.timeline import Timeline
 from pipecompile.ir.training import StageCost
 from pipecompile.ir.tree import unflatten
-from pipecompile.pipelines.facade import LearnsInPlace
 from pipecompile.pipelines.learn_pairs import Pairs
 from pipecompile.pipelines.learn_run import LearnRun
 from pipecompile.pipelines.learn_source import Live, Pulled
-from pipecompile.pipelines.learn_state import LearnState
-from pipecompile.pipelines.model_weights import ModelWeights
+from pipecompile.pipelines.learning_state import LearningState
 from pipecompile.runtime.inline_learn import InlineLearner
 from pipecompile.runtime.learn import LearnOptions
 from pipecompile.runtime.learn_host import Learner
 from pipecompile.runtime.process_learn import ProcessLearner
-from pipecompile.runtime.update import settings_of
 from pipecompile.simulate.learn import simulate_learn
 from pipecompile.streams.engine import ExecutorName, OnFailure
 from pipecompile.streams.entrance import Options, Overload
 
 
-class LearningPipeline(LearnsInPlace):
+class LearningPipeline(LearningState):
     """A model compiled to learn on a stream: ``for result in pipe.learn(samples): ...``.
 
     ``state_dict()``, ``parameters()`` and the like are the model's own, under its own names. The
@@ -61,45 +55,16 @@ class LearningPipeline(LearnsInPlace):
         snapshot_every: int = 100,
         costs: tuple[StageCost, ...],
     ) -> None:
-        super().__init__(model)
-        self._learn, self._retarget, self._options = learn, retarget, options
+        super().__init__(learn, tensors, model, options, costs)
+        self._retarget = retarget
         self._pairs = Pairs(learn)
         self._executor: ExecutorName = executor
         self._watching: dict[str, Any] = {"hang_seconds": hang_seconds, "throttle": throttle}
-        self._costs = costs
         self._every = snapshot_every if on_failure == "restart" else 0
         self._last: dict[str, Any] | None = None
         self._deaths, self._seen = 0, -1
         self.restarts = self.relearned = self.left_out = 0
-        self._weights = ModelWeights(learn.package.state, learn.owned, tensors, model)
-        self._state = LearnState(self._weights, model)
-        self._learner: Learner | None = None
         self._stale = False
-        self._run: LearnRun | None = None
-        self._samples = 0
-        self._counted = Counts()
-        self._closed = ""
-        self._lock = threading.RLock()
-
-    @property
-    def package(self) -> Package:
-        """The generated modules."""
-        return self._learn.package
-
-    @property
-    def learn_package(self) -> LearnPackage:
-        """The package and what learning needs besides."""
-        return self._learn
-
-    @property
-    def rule(self) -> Rule:
-        """How it learns: ``rule.delay(stage, stages)`` is the delay of a stage in updates."""
-        return self._learn.rule
-
-    @property
-    def costs(self) -> tuple[StageCost, ...]:
-        """Measured costs of the stages, for one sample."""
-        return self._costs
 
     def simulate(self, samples: int = 64) -> Timeline:
         """What a stream of so many samples is predicted to look like, from the measured costs of the stages."""
@@ -140,22 +105,6 @@ class LearningPipeline(LearnsInPlace):
             measured = None if self._learner is None or self._closed else self._learner.timeline()
         seen = measured if measured is not None and measured.finishes else None
         return write_page(path, html(self.package, self.simulate(), seen))
-
-    @property
-    def samples(self) -> int:
-        """How many samples have been taken in since the pipeline was made."""
-        return self._samples if self._run is None else self._run.submitted
-
-    @property
-    def counts(self) -> Counts:
-        """Where all samples are that sources have given; of one moment. What failed or was not taken is dropped."""
-        run, before = self._run, self._counted
-        if run is None:
-            return before
-        # Delivered first: a count that is taken later can only be higher.
-        delivered, dropped = before.delivered + run.delivered, before.dropped + run.source.dropped
-        submitted = before.submitted + run.source.offered
-        return Counts(submitted, delivered, dropped, 0, submitted - delivered - dropped)
 
     def learn(
         self,
@@ -201,12 +150,6 @@ class LearningPipeline(LearnsInPlace):
                 "source is asked for one when there is room: choose another policy"
             )
         return self._results(samples, options)
-
-    def _idle(self) -> None:
-        with self._lock:
-            self._check()
-            if self._run is not None:
-                raise InputError("a stream is under way: one learn() at a time, and nothing else meanwhile")
 
     def _begin(self, samples: Iterable[Any], options: Options) -> LearnRun:
         with self._lock:
@@ -317,61 +260,6 @@ class LearningPipeline(LearnsInPlace):
         assert self._learn.target is not None
         return leaves, self._pairs.flat_target(target, sample, self._learn.target)
 
-    def snapshot(self) -> dict[str, Any]:
-        """Weights, buffers and optimizer after one update, the same in every stage; also while learning.
-
-        While a stream is under way it is taken as the next sample passes (with accumulation, the last
-        sample of the next update): more samples may be read from the source meanwhile, and learning
-        goes on. Any thread may call it.
-
-        Returns:
-            ``model``: a copy of the model's ``state_dict``, buffers as after the forward of that
-            sample; ``optimizer``: state of one plain torch optimizer over ``model.parameters()``;
-            ``samples`` and ``updates``: how many lie before it. ``torch.save`` takes it.
-
-        Raises:
-            StepError, WorkerDied, WorkerHung, PipelineError: if the pipeline is lost meanwhile.
-        """
-        with self._lock:
-            self._check()
-            run = self._run
-            if run is not None:
-                wanted = run.mark()
-                while (parts := run.parts(wanted, self._learn.stages)) is None and self._turn(run):
-                    pass
-                if parts is not None:
-                    return self._state.assembled(parts, wanted + 1)
-            return self._state.snapshot(self._learner, self.samples)
-
-    def load_snapshot(self, snapshot: Mapping[str, Any]) -> None:
-        """Go on where :meth:`snapshot` was taken, in this pipeline or in one cut otherwise.
-
-        The stream must be given from sample ``snapshot["samples"]`` on. The first forwards then read the
-        newest weights, as at the beginning of any stream.
-
-        Raises:
-            InputError: if a stream is under way, or it is a snapshot of another model.
-        """
-        with self._lock:
-            self._idle()
-            self._state.put_back(snapshot, self._learner)
-            self._samples = int(snapshot["samples"])
-            self._counted = Counts(self._samples, self._samples)  # numbers go on as there
-
-    def set_optimizer(self, **settings: Any) -> None:
-        """Change settings of the optimizers from the next stream on: ``pipe.set_optimizer(lr=0.01)``.
-
-        Raises:
-            InputError: if a stream is under way, or there is no such setting.
-        """
-        with self._lock:
-            self._idle()
-            known = settings_of(self._options.optimizer)
-            unknown = sorted(settings.keys() - known)
-            if unknown:
-                raise InputError(f"the optimizer has no {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-            self._state.set(settings, self._learner)
-
     def close(self) -> None:
         """End. What is in flight is computed and updates made, its results dropped. Closing twice is fine.
 
@@ -394,25 +282,6 @@ class LearningPipeline(LearnsInPlace):
         if self._run is not None:
             raise InputError("a stream is under way: load snapshot()['model'] into a model of its own to evaluate it")
         return self._model(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load into the model; counts from the next stream on.
-
-        Raises:
-            InputError: while a stream is under way.
-        """
-        self._idle()
-        return super().load_state_dict(*args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The model's ``state_dict``; while a stream is under way that of a :meth:`snapshot`, without arguments."""
-        if self._run is not None and not args and not kwargs:
-            return self.snapshot()["model"]
-        return super().state_dict(*args, **kwargs)
-
-    def _check(self) -> None:
-        if self._closed:
-            raise PipelineClosed(f"this pipeline cannot be used any more: {self._closed}")
 
     def _fail(self, error: BaseException) -> None:
         self._closed = (

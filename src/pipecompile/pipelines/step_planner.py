@@ -166,11 +166,16 @@ class ExampleLoss:
         """The loss of the example.
 
         Raises:
-            InputError: if it is no scalar tensor.
+            InputError: if it raises, or is no scalar tensor.
         """
         if self.targets is not None and self.loss_fn is not None:
             results = [full_precision(o) for o in outputs] if self.full else list(outputs)
-            loss = self.loss_fn(unflatten(self.tree, results), self.targets)
+            try:
+                loss = self.loss_fn(unflatten(self.tree, results), self.targets)
+            except Exception as error:  # user code may raise anything
+                raise InputError(
+                    f"loss_fn raises on the model's result and example_targets: {type(error).__name__}: {error}"
+                ) from error
             if isinstance(loss, torch.Tensor) and loss.dim() == 0:
                 return loss
             raise InputError("loss_fn must return a scalar tensor (reduce it with mean or sum)")

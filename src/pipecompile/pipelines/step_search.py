@@ -21,6 +21,7 @@ from pipecompile.ir.tree import Tree, unflatten
 from pipecompile.options import Progress
 from pipecompile.passes.choose_step import Candidate
 from pipecompile.passes.codegen_step import CodegenStep
+from pipecompile.passes.custom_operators import imports_of
 from pipecompile.passes.lower_step import LowerStep, owners, weight_users
 from pipecompile.passes.measure_step import MeasuredStep, MeasureStep
 from pipecompile.passes.plan_step import training_profile
@@ -196,7 +197,9 @@ class StepSearch:
         codegen = CodegenStep(deferred=self.deferred, autocast=self._dtype, fewer=smaller)
         modules = codegen.apply(graph, traced.module, plan, program, gradients)
         owned = {stage: tuple(names) for stage, names in owners(weight_users(graph, plan, gradients.weights)).items()}
-        package = replace(package_of(traced, planner.leaves, modules, plan, program), imports=tuple(self.imports))
+        package = replace(
+            package_of(traced, planner.leaves, modules, plan, program), imports=imports_of(traced.module, self.imports)
+        )
         return StepPackage(package, owned, self.batched, self.batch, smaller)
 
     def tensors(self, index: int) -> dict[str, torch.Tensor]:
@@ -230,7 +233,6 @@ class StepSearch:
         if (count, threads) in self._fronts:
             return self._fronts[count, threads]
         at, part = 0.85 * len(self._fronts) / len(self.ways), 1 / len(self.ways)
-        measure = CpuMeasure(threads=threads, imports=self.imports) if self._card is None else CudaMeasure(self._card)
         first = split_inputs(self.leaves, self.batched, count)[0]
         args, kwargs = unflatten(self.tree, first)
         several = self.smaller(count) and self.batch > count
@@ -241,6 +243,8 @@ class StepSearch:
         with eager_models(), self._half():
             tracer = TraceStep(tuple(self.leaf), dynamic, self._card or "cpu", smaller)
             traced, gradients = tracer.trace(self.model, args, kwargs)
+        needed = imports_of(traced.module, self.imports)
+        measure = CpuMeasure(threads=threads, imports=needed) if self._card is None else CudaMeasure(self._card)
         self.tell("profile", at + 0.3 * part)
         with self._half():
             layers = ProfileLayers(self.profile_seconds)
@@ -290,7 +294,7 @@ class StepSearch:
             count // way.data_parallel,
             self.lower,
             self.recompute,
-            MeasureStep(self.profile_seconds / 8, self.deferred, self._dtype),
+            MeasureStep(self.profile_seconds / 8, self.deferred, self._dtype, turns=not self.inline),
             self._search,
             self.copies,
             measured=front.stages,

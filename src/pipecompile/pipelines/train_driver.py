@@ -22,9 +22,10 @@ from pipecompile.pipelines.drop_in import FILL_AND_DRAIN
 from pipecompile.pipelines.param_groups import Groups, ModelGroups
 from pipecompile.pipelines.step_search import StepSearch, equal, every_way
 from pipecompile.pipelines.training import TrainingPipeline
+from pipecompile.pipelines.user_code import check_code
 from pipecompile.runtime.batches import Reduction, batched_inputs, option
 from pipecompile.runtime.training import Training
-from pipecompile.runtime.update import OptimizerFactory, copies_kept
+from pipecompile.runtime.update import OptimizerFactory
 from pipecompile.schedules.recompute import RecomputeName
 from pipecompile.schedules.training import STEP_SCHEDULES, ScheduleName
 from pipecompile.streams.engine import ExecutorName
@@ -74,7 +75,7 @@ def compile_training(
     if param_groups is not None and optimizer is None:
         raise InputError("param_groups= is for the pipeline's own optimizer: give optimizer= as well")
     groups = None if param_groups is None else ModelGroups.of(model, param_groups)
-    copies = weight_copies(optimizer)
+    copies = check_code(loss_fn, optimizer, executor)
     if loss_fn is not None and reduction == "auto" and option(loss_fn, "reduction", None) is None:
         warnings.warn(
             "loss_fn does not say how it is reduced: taken as a mean over the samples of a micro-batch. If it is a "
@@ -198,20 +199,3 @@ def _schedules(
             f"only {' and '.join(map(repr, FILL_AND_DRAIN))} can be used"
         )
     return list(FILL_AND_DRAIN) if schedule == "auto" else [schedule]
-
-
-def weight_copies(optimizer: OptimizerFactory | None) -> float:
-    """How much memory a trained weight needs, as a multiple of its own: see :func:`copies_kept`.
-
-    Raises:
-        InputError: if it makes no optimizer of a list of weights, or one that asks for more than gradients.
-    """
-    if optimizer is None:  # the caller's is not known: gradients alone
-        return 2.0
-    hint = "give what makes one for a list of weights, such as functools.partial(torch.optim.SGD, lr=0.1)"
-    if isinstance(optimizer, torch.optim.Optimizer):
-        raise InputError(f"optimizer= is a {type(optimizer).__name__} already; every stage has its own: {hint}")
-    try:
-        return copies_kept(optimizer)
-    except Exception as error:
-        raise InputError(f"optimizer= cannot update a weight ({type(error).__name__}: {error}): {hint}") from error

@@ -15,13 +15,14 @@ from pipecompile.arguments import Arguments
 from pipecompile.errors import InputError, NonFiniteError, PipelineClosed, StepError
 from pipecompile.ir.cluster import Link
 from pipecompile.ir.timeline import Timeline
-from pipecompile.ir.training import StageCost, StepPackage, StepRequest
+from pipecompile.ir.training import StageCost, StepPackage, StepRequest, of_parts
 from pipecompile.pipelines.checkpoint import Checkpoint
 from pipecompile.pipelines.drop_in import DropIn
 from pipecompile.pipelines.model_weights import ModelWeights
 from pipecompile.pipelines.param_groups import ModelGroups
 from pipecompile.pipelines.train_artefact import SavedTraining
 from pipecompile.pipelines.training_state import TrainingState
+from pipecompile.pipelines.user_code import check_code
 from pipecompile.runtime.batches import Reduction, loss_weights, moved, parts_of, split_inputs, split_targets
 from pipecompile.runtime.criterion import Criterion
 from pipecompile.runtime.not_finite import origin
@@ -153,9 +154,14 @@ class TrainingPipeline(TrainingState):
         found = self._ready().gradients()
         return {self._weights.fqn(name): gradient for name, gradient in found.items()}
 
-    def simulate(self) -> Timeline:
-        """What one step is predicted to look like, from the measured costs of the stages."""
-        return simulate_step(self.program, self._costs, self.plan.cluster.link, cluster=self.plan.cluster)
+    def simulate(self, micro_batches: int | None = None) -> Timeline:
+        """What one step is predicted to look like, from the measured costs of the stages.
+
+        Args:
+            micro_batches: of a smaller batch; each takes as long as one of the example.
+        """
+        program = self.program if micro_batches is None else of_parts(self.program, micro_batches)
+        return simulate_step(program, self._costs, self.plan.cluster.link, cluster=self.plan.cluster)
 
     def timeline(self) -> Timeline:
         """What the devices did in the latest step, as measured; waits and messages only where they are processes.
@@ -182,7 +188,7 @@ class TrainingPipeline(TrainingState):
         """Write a self-contained HTML page: the latest step beside the predicted one, stages, transfers, notes.
 
         Where there is no whole step to show, as before the first and after ``close()``, it shows the prediction
-        alone. Predicted is a batch of the size of the example.
+        alone. Predicted is a step of as many micro-batches, each as large as that of the example.
 
         Raises:
             InputError: if the file cannot be written.
@@ -190,7 +196,16 @@ class TrainingPipeline(TrainingState):
         from pipecompile.report.page import write_page
         from pipecompile.report.step_html import step_html
 
-        return write_page(path, step_html(self.package, self.simulate(), self.costs, self._latest()))
+        latest = self._latest()
+        return write_page(path, step_html(self.package, self.simulate(self._parts(latest)), self.costs, latest))
+
+    def _parts(self, latest: Timeline | None) -> int | None:
+        """How many micro-batches a step had; None for all, and where pipelines got different numbers of them."""
+        if latest is None:
+            return None
+        copies = self.plan.data_parallel
+        parts = sum(event.activity == "F" for event in latest.events) * copies // len(self.plan.stages)
+        return None if parts % copies else parts
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result for a batch.
@@ -269,6 +284,7 @@ def resume_training(
         )
     if reduction is None and named is None:
         raise InputError("this pipeline was compiled with a function as reduction=: give it again")
+    check_code(loss_fn, optimizer, executor)
     return TrainingPipeline(
         saved.step,
         saved.tensors,

@@ -76,8 +76,11 @@ class Sums:
 
 
 def _held(gradient: torch.Tensor) -> torch.Tensor:
-    """A copy of what lies in a ring slot, which is used again: autograd may hand its argument through."""
-    own = gradient.layout is not torch.strided or gradient.untyped_storage().resizable()
+    """A copy of what lies in a ring slot, which is used again: autograd may hand its argument through.
+
+    The indices of a sparse gradient are the input of its embedding.
+    """
+    own = gradient.layout is torch.strided and gradient.untyped_storage().resizable()
     return gradient if own else gradient.clone()
 
 
@@ -244,7 +247,7 @@ class Place:
 
 
 def place(error: BaseException, filename: str, stages: Sequence[int]) -> Place:
-    """The innermost frame of the module in a traceback, and the comment with the layer's name above it."""
+    """The innermost frame of the module in a traceback, and the comment with the layer's name above it; or the loss."""
     stage, layer, line = (stages[0] if stages else -1), "", filename
     for frame, number in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_filename == filename:
@@ -254,7 +257,9 @@ def place(error: BaseException, filename: str, stages: Sequence[int]) -> Place:
             above = (linecache.getline(filename, i).strip() for i in range(number, first, -1))
             if found or frame.f_code.co_name == "step":
                 layer = next((text.lstrip("# ") for text in above if text.startswith("#")), layer)
-            line = f"{filename}:{number}: {linecache.getline(filename, number).strip()}"
+            text = linecache.getline(filename, number).strip()
+            layer = "loss_fn" if "= loss_of(" in text else layer
+            line = f"{filename}:{number}: {text}"
     return Place(stage, layer, line)
 
 
@@ -263,6 +268,8 @@ def step_error(error: BaseException, filename: str, device: int, stages: Sequenc
     at = place(error, filename, stages)
     where = f" in {at.layer}" if at.layer else ""
     trace, reason = "".join(traceback.format_exception(error)), f"{error}{remark(error)}"
+    if "_OpNamespace" in reason:
+        reason += "; give compile() imports=[the module that registers this operator]"
     return StepError(
         f"stage {at.stage} on device {device} raised {type(error).__name__}{where}{done}: {reason}\n  at {at.line}\n\n"
         f"Traceback on the device:\n{trace}"

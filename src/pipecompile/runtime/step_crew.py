@@ -13,7 +13,7 @@ from pipecompile.runtime import nursery, pickled
 from pipecompile.runtime.channels.link import PortInfo
 from pipecompile.runtime.channels.ring import clock
 from pipecompile.runtime.channels.shared_memory import allocate, attach
-from pipecompile.runtime.process import Process, ending
+from pipecompile.runtime.process import Process, ending, halted
 from pipecompile.runtime.records import Records, Wait
 
 
@@ -109,6 +109,10 @@ def standstill(
             return WorkerHung(f"{worker} made no progress for {since:.1f} s {worker.progress()}")
         waiting.append(0.0 if computing else since)
     if waiting and min(waiting) > limit:
+        for worker in workers:
+            if worker.process is not None and halted(worker.process):
+                text = f"{worker} made no progress for {min(waiting):.1f} s: its process is stopped {worker.progress()}"
+                return WorkerHung(text)
         where = "; ".join(f"{worker} {worker.progress()}" for worker in workers)
         return Deadlock(f"deadlock, every device waits: {where}")
     return None
