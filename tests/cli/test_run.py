@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import resource
 import signal
 import subprocess
@@ -110,7 +111,7 @@ def test_video_pictures_and_a_named_pipe_give_the_model_s_results(saved: Path, f
     status, out, err = run("run", str(saved / "Picture"), "--input", "camera:camera", *INLINE)
     feeding.join(30)
     assert status == 0, err
-    assert "samples in" in out
+    assert re.search(r"^\d+ samples? in", out, re.MULTILINE)  # a live source that is behind drops some
 
 
 def test_a_file_in_real_time_drops_what_comes_too_fast_and_says_so(saved: Path, folder: Path, run: Run) -> None:

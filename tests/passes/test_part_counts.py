@@ -158,7 +158,7 @@ def test_what_is_close_by_simulation_is_raced_and_the_fastest_taken(monkeypatch:
 def test_where_everything_is_to_be_chosen_it_is_tried(best: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)).double()
-    x, y = torch.randn(12, 6).double(), torch.randint(3, (12,))
+    x, y = torch.randn(4, 6).double(), torch.randint(3, (4,))
     before = nn.functional.cross_entropy(model(x), y)
     (wanted,) = torch.autograd.grad(before, [model[0].weight])
     start = model[0].weight.detach().clone()
@@ -191,7 +191,7 @@ def test_where_everything_is_to_be_chosen_it_is_tried(best: str, monkeypatch: py
 
 
 def test_where_something_is_given_only_what_goes_with_it_is_tried() -> None:
-    model, x = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh()), torch.randn(12, 6)
+    model, x = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh()), torch.randn(8, 6)
     options: Any = {"micro_batches": "auto", "loss_fn": nn.MSELoss(), "profile_seconds": 0.01}
     options |= {"optimizer": functools.partial(torch.optim.SGD, lr=0.1), "executor": "process"}
     cluster = Cluster((Device("cpu:0"), Device("cpu:1")))
