@@ -156,8 +156,10 @@ def test_what_cannot_be_shared_is_refused() -> None:
     own: Any = {"mode": "train", "executor": "inline", "profile_seconds": 0.01}
     own |= {"loss_fn": nn.MSELoss(), "optimizer": SGD, "schedule": "1f1b"}
     for wrong, error, text in (
+        ({"data_parallel": 0}, PlanError, "data_parallel=0: 2 devices make no such number of equal pipelines"),
         ({"data_parallel": 3}, PlanError, "2 devices make no such number of equal pipelines"),
         ({"data_parallel": 2, "micro_batches": 3}, PlanError, "must divide the number of micro-batches, 3"),
+        ({"data_parallel": True}, InputError, "must be a whole number of pipelines"),
         ({"data_parallel": "2"}, InputError, "must be a whole number of pipelines"),
     ):
         with pytest.raises(error, match=text):

@@ -203,6 +203,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_is_named(executor
         assert float(pipe.train_step(job.inputs, job.targets)) > -100
 
 
+def test_memory_that_is_not_written_yet_is_not_blamed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 2)).double()
+    job = Job(model, (torch.rand(BATCH, 4).double(),), torch.rand(BATCH, 2).double(), nn.MSELoss())
+    with compiled(job, 2, "1f1b", SGD, check_finite=True) as pipe:
+        with torch.no_grad():
+            model[2].weight.fill_(torch.inf)  # times what was dropped is NaN
+        torch.use_deterministic_algorithms(True)  # fills the memory that a dropout asks for with NaN
+        try:
+            with pytest.raises(NonFiniteError, match=r"stage 1 makes it in layer 2 "):
+                pipe.train_step(job.inputs, job.targets)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("executor", ["inline", "process"])
 def test_gradients_that_are_not_finite_stop_every_stage(executor: Executor) -> None:
     """The loss is finite, but the square root of zero is infinitely steep."""

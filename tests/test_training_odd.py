@@ -42,15 +42,16 @@ def sparse() -> Job:
 
 
 @pytest.mark.parametrize(
-    ("build", "schedule", "optimizer"),
+    ("build", "schedule", "optimizer", "shared"),
     [
-        (sparse, "1f1b", partial(torch.optim.SGD, lr=0.1)),  # ids lie in ring slots that are used again
-        (aside, "1f1b", _DECAY),
-        (aside, "zb_h1", _DECAY),
+        (sparse, "1f1b", partial(torch.optim.SGD, lr=0.1), 1),  # ids lie in ring slots that are used again
+        (sparse, "1f1b", partial(torch.optim.SGD, lr=0.1), 2),  # what the other pipeline sends is dense
+        (aside, "1f1b", _DECAY, 1),
+        (aside, "zb_h1", _DECAY, 1),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_odd_gradients_are_those_of_plain_pytorch(build: Any, schedule: str, optimizer: Any) -> None:
+def test_odd_gradients_are_those_of_plain_pytorch(build: Any, schedule: str, optimizer: Any, shared: int) -> None:
     torch.manual_seed(5)
     job = build()
     job.model.double()
@@ -60,7 +61,7 @@ def test_odd_gradients_are_those_of_plain_pytorch(build: Any, schedule: str, opt
         copy.deepcopy(job.model), inputs, job.targets, job.loss_fn, optimizer, parts=PARTS,
         weights=loss_shares(job, PARTS), steps=_STEPS,
     )  # fmt: skip
-    with compiled(job, 2, schedule, optimizer) as pipe:
+    with compiled(job, 2, schedule, optimizer, data_parallel=shared) as pipe:
         losses = [float(pipe.train_step(inputs, job.targets)) for _ in range(_STEPS)]
     assert losses == pytest.approx(wanted.losses, rel=1e-10)
     assert furthest(dict(job.model.state_dict()), dict(wanted.model.state_dict())) <= 1e-10

@@ -161,7 +161,7 @@ _VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "hang_seconds": (_real, "a number of seconds above 0"),
     "time_limit": (_amount, "a number of seconds, 0 or more"),
     "colocate": (_patterns, "a list of patterns of layer names, or of lists of them"),
-    "data_parallel": (lambda value: isinstance(value, int), "a whole number of pipelines"),
+    "data_parallel": (_whole, "a whole number of pipelines"),
     "micro_batches": (lambda value: _whole(value) or value == "auto", "a whole number or 'auto'"),
     "snapshot_every": (lambda value: isinstance(value, int), "a whole number of samples"),
     "seed": (lambda value: isinstance(value, int), "a whole number"),

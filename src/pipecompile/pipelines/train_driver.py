@@ -94,8 +94,9 @@ def compile_training(
     if data_parallel is None and everything and not drop_in:
         ways = every_way(cluster, counts, None, threads, memory_limit is not None)
     else:
-        counts = _dealt(counts, data_parallel or 1, cluster)
-        ways = every_way(cluster, counts, data_parallel or 1, threads, False)
+        shared = 1 if data_parallel is None else data_parallel
+        counts = _dealt(counts, shared, cluster)
+        ways = every_way(cluster, counts, shared, threads, False)
     search = StepSearch(
         model,
         leaves,

@@ -26,6 +26,9 @@ from pipecompile.runtime.step import Draw, generator_of, place
 #: Operators that put given values in: masks of attention are infinite on purpose.
 _MASKS = frozenset({"aten::masked_fill", "aten::masked_fill_", "aten::where", "aten::full", "aten::fill_"})
 
+#: Operators that give memory as it is, whatever lay there: others write to it, as those of a dropout do.
+_UNWRITTEN = frozenset(f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty"))
+
 
 def origin(
     step: StepPackage,
@@ -142,7 +145,7 @@ class _Watch(TorchDispatchMode):
         self._count += 1
         if number == self._stop:
             raise _Stopped(name)
-        if self._stop is None and name not in _MASKS:
+        if self._stop is None and name not in _MASKS | _UNWRITTEN:
             if self.first_nan is None and not was_nan and any(_any(torch.isnan, v) for v in made):
                 self.first_nan = number
             if given and not was_infinite and any(_any(torch.isinf, v) for v in made):

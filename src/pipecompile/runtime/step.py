@@ -60,8 +60,9 @@ class Sums:
             self._own.discard(name)
         elif name in self._own and total.layout is gradient.layout is torch.strided:
             total.add_(gradient)
-        else:
-            self.values[name] = total + gradient
+        else:  # torch adds what is sparse to what is dense, not the other way round
+            sparse = total.layout is not torch.strided
+            self.values[name] = gradient + total if sparse else total + gradient
             self._own.add(name)
 
     def held(self) -> dict[str, torch.Tensor]:
