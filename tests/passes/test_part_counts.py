@@ -123,6 +123,14 @@ def test_what_cannot_be_below_the_best_is_not_planned() -> None:
         assert len(planned) == count
 
 
+def raced_two(asked: list[list[int]]) -> Any:
+    def raced(close: Sequence[tuple[int, Candidate]]) -> list[float]:
+        asked.append([index for index, _ in close])
+        return [1.0 + place for place in range(len(close))]
+
+    return raced
+
+
 def test_what_is_close_by_simulation_is_raced_and_the_fastest_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(part_counts_module, "_CLOSE", 1.6)
     counts, asked = [2, 4, 8], list[list[int]]()
@@ -145,6 +153,14 @@ def test_what_is_close_by_simulation_is_raced_and_the_fastest_taken(monkeypatch:
     assert f"in workers, taking turns: {asked[0][0]} (" in note
     best(5.0)  # all others are far behind: nothing to race
     assert len(asked) == 1
+    for behind, races in ((1.9, 2), (2.1, 1)):  # one that is raced in any case, unless it is twice as slow
+
+        def two(i: int, by: float = behind) -> list[Candidate]:
+            return split(2, 0.0, 0.1 * (1.0, by)[i])
+
+        best_way(["2", "one worker"], no_bound, two, ChooseStep(), raced=raced_two(asked), always=[1])
+        assert len(asked) == races
+        asked[1:] = []
 
     def broken(_: Any) -> list[float]:
         raise WorkerDied("device 0 ended")

@@ -54,7 +54,7 @@ _PORT = _words("post put end")
 _HELPERS = {ast.unparse(statement) for statement in ast.parse(HELPERS).body}
 _CONSTANT = re.compile(r"(STATE|TRAINED)_\d+ = \(('\w+'(, '\w+')*,?)?\)")
 _STEP_LINK = _words("sums parts tensors receiver sender draw loss commit norm update")
-_STEP_PATHS = _words("draw.statistics sums.add sums.take kept.pop passed.pop torch.enable_grad")
+_STEP_PATHS = _words("draw.statistics sums.add sums.receive sums.take kept.pop passed.pop torch.enable_grad")
 _METHODS = _words("detach requires_grad_ clone contiguous")
 _DICTS = _words("kept passed")
 

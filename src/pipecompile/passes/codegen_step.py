@@ -139,7 +139,7 @@ class _StepWriter:
             case Op.REDUCE if edge is not None:
                 names = [f"d_{self._name(v)}" for v in edge.values]
                 lines = [f"{tuple_of('', names)} = yield {_port(edge, receives=True)}  # {step}"]
-                return lines + [f'sums.add("{v}", {n})' for v, n in zip(edge.values, names, strict=True)]
+                return lines + [f'sums.receive("{v}", {n})' for v, n in zip(edge.values, names, strict=True)]
             case Op.STEP:
                 return [f"link.update({step.stage})  # {step}"]
             case Op.FORWARD:

@@ -9,7 +9,7 @@ the best so far, because the work alone takes longer, is not planned.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from pipecompile.errors import PipecompileError
 from pipecompile.passes.choose_step import Candidate, ChooseStep
@@ -22,6 +22,9 @@ _FAR = 0.85
 
 #: What a simulation says is so much longer than the best at the most may still be faster; and how many are raced.
 _CLOSE, _RACED = 1.15, 4
+
+#: The same for ways that are raced in any case.
+_ALWAYS = 2.0
 
 
 def part_counts(batch: int, devices: int) -> list[int]:
@@ -47,6 +50,7 @@ def best_way(
     choose: ChooseStep,
     beside: Callable[[int, Sequence[Candidate]], Sequence[Candidate]] = lambda _, found: found,
     raced: Callable[[Sequence[tuple[int, Candidate]]], Sequence[float]] | None = None,
+    always: Collection[int] = (),
 ) -> tuple[int, Candidate, tuple[str, ...]]:
     """The way and its candidate that are best of all, and a note of what was considered where there were several.
 
@@ -55,7 +59,7 @@ def best_way(
     not rule them out. ``beside`` gives them with the costs they have while all devices compute, which makes none
     faster: it is asked for from the fastest on, until the next is far behind as it is. A way that cannot be compiled is
     left out as long as another can. Those that come close to the best by simulation are ``raced``, which gives
-    measured seconds of a step of each.
+    measured seconds of a step of each; so are the ways ``always``, unless they are very far behind.
 
     Raises:
         PlanError: if no candidate fits.
@@ -66,10 +70,10 @@ def best_way(
     found, told, errors = _planned(names, least, tried, choose)
     if not found:
         raise errors[0]
-    candidates, more = _settled(names, found, choose, beside)
+    candidates, more = _settled(names, found, choose, beside, always)
     chosen = choose.apply([candidate for _, candidate in candidates])
     index, how, seconds = next(i for i, c in candidates if c is chosen), "simulation", chosen.seconds
-    told, close = [*more, *told], _close(candidates, choose)
+    told, close = [*more, *told], _close(candidates, choose, always)
     if raced is not None and len(close) > 1:
         try:
             times = raced(close)
@@ -113,13 +117,14 @@ def _settled(
     found: Mapping[int, Sequence[Candidate]],
     choose: ChooseStep,
     beside: Callable[[int, Sequence[Candidate]], Sequence[Candidate]],
+    always: Collection[int],
 ) -> tuple[list[tuple[int, Candidate]], list[str]]:
     """The candidates that can be best, with their costs beside others, and the best of every way in words."""
     candidates, told, best = list[tuple[int, Candidate]](), list[str](), math.inf
     alone = {index: min((c.seconds for c in own if choose.fits(c)), default=math.inf) for index, own in found.items()}
     for index in sorted(alone, key=lambda index: alone[index]):
         own, more = found[index], ", measured alone"
-        if alone[index] <= _CLOSE * best:
+        if alone[index] <= (_ALWAYS if index in always else _CLOSE) * best:
             own, more = beside(index, own), ""
             candidates += [(index, candidate) for candidate in own]
             best = min([best, *(c.seconds for c in own if choose.fits(c))])
@@ -132,14 +137,19 @@ def _seconds(candidate: Candidate) -> float:
     return candidate.seconds
 
 
-def _close(candidates: Sequence[tuple[int, Candidate]], choose: ChooseStep) -> list[tuple[int, Candidate]]:
+def _close(
+    candidates: Sequence[tuple[int, Candidate]], choose: ChooseStep, always: Collection[int]
+) -> list[tuple[int, Candidate]]:
     """The best of each way that fits and is near the best of all by simulation, the best first."""
     best: dict[int, Candidate] = {}
     for index, candidate in candidates:
         if choose.fits(candidate) and (index not in best or candidate.seconds < best[index].seconds):
             best[index] = candidate
     order = sorted(best.items(), key=lambda item: item[1].seconds)
-    return [item for item in order if item[1].seconds <= _CLOSE * order[0][1].seconds][:_RACED]
+    near = [item for item in order if item[1].seconds <= _CLOSE * order[0][1].seconds][:_RACED]
+    return near + [
+        (index, c) for index, c in order if index in always and (index, c) not in near and c.seconds <= _ALWAYS * order[0][1].seconds
+    ]
 
 
 __all__ = ["best_way", "part_counts"]

@@ -123,7 +123,9 @@ def compile_training(
     )
     names_of_ways, choose = [way.name for way in ways], ChooseStep(memory_limit)
     raced = search.raced if executor == "process" and not throttle and not drop_in else None
-    index, chosen, notes = best_way(names_of_ways, search.least, search.tried, choose, search.beside, raced)
+    # Threads are timed in this process, whose cores others may have used meanwhile: one timing does not rule them out.
+    alone = [i for i, way in enumerate(ways) if len(way.cluster.devices) == 1]
+    index, chosen, notes = best_way(names_of_ways, search.least, search.tried, choose, search.beside, raced, alone)
     plan = chosen.plan
     if len(plan.cluster.devices) < len(ways[index].cluster.devices):
         warnings.warn("; ".join(plan.notes), PipecompileWarning, stacklevel=3)

@@ -65,6 +65,14 @@ class Sums:
             self.values[name] = gradient + total if sparse else total + gradient
             self._own.add(name)
 
+    def receive(self, name: str, gradient: torch.Tensor) -> None:
+        """Add what another device gives. It gives zero where it has none, and what nobody has stays none.
+
+        An optimizer passes over a weight without a gradient, but decays one whose gradient is zero.
+        """
+        if name in self.values or bool(gradient.any()):
+            self.add(name, gradient)
+
     def held(self) -> dict[str, torch.Tensor]:
         """The sums as they are; what is added later leaves them alone."""
         self._own.clear()
