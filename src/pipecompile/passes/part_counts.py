@@ -146,10 +146,10 @@ def _close(
         if choose.fits(candidate) and (index not in best or candidate.seconds < best[index].seconds):
             best[index] = candidate
     order = sorted(best.items(), key=lambda item: item[1].seconds)
-    near = [item for item in order if item[1].seconds <= _CLOSE * order[0][1].seconds][:_RACED]
-    return near + [
-        (index, c) for index, c in order if index in always and (index, c) not in near and c.seconds <= _ALWAYS * order[0][1].seconds
-    ]
+    ratios = [candidate.seconds / order[0][1].seconds for _, candidate in order]
+    near = [item for item, ratio in zip(order, ratios, strict=True) if ratio <= _CLOSE][:_RACED]
+    more = [item for item, ratio in zip(order, ratios, strict=True) if item[0] in always and ratio <= _ALWAYS]
+    return near + [item for item in more if item not in near]
 
 
 __all__ = ["best_way", "part_counts"]

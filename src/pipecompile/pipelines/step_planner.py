@@ -30,6 +30,7 @@ from pipecompile.passes.verify_step import VerifyStep
 from pipecompile.pipelines.search_time import SearchTime
 from pipecompile.runtime.criterion import full_precision
 from pipecompile.runtime.learn_sets import WeightSets
+from pipecompile.runtime.step_trial import total
 from pipecompile.runtime.update import OptimizerFactory
 
 #: How far the slowest stage may be from its prediction before the model is cut again.
@@ -179,8 +180,7 @@ class ExampleLoss:
             if isinstance(loss, torch.Tensor) and loss.dim() == 0:
                 return loss
             raise InputError("loss_fn must return a scalar tensor (reduce it with mean or sum)")
-        parts = [o.double().sum() for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
-        return torch.stack(parts).sum()
+        return total(outputs)
 
 
 def update_seconds(

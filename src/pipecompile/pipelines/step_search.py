@@ -75,6 +75,7 @@ class _Front(NamedTuple):
     measured: Profile
     update: Callable[[tuple[str, ...]], float]
     stages: dict[Any, MeasuredStep]
+    imports: tuple[str, ...]
 
 
 def every_way(
@@ -197,9 +198,8 @@ class StepSearch:
         codegen = CodegenStep(deferred=self.deferred, autocast=self._dtype, fewer=smaller)
         modules = codegen.apply(graph, traced.module, plan, program, gradients)
         owned = {stage: tuple(names) for stage, names in owners(weight_users(graph, plan, gradients.weights)).items()}
-        package = replace(
-            package_of(traced, planner.leaves, modules, plan, program), imports=imports_of(traced.module, self.imports)
-        )
+        package = package_of(traced, planner.leaves, modules, plan, program)
+        package = replace(package, imports=self._front(way).imports)
         return StepPackage(package, owned, self.batched, self.batch, smaller)
 
     def tensors(self, index: int) -> dict[str, torch.Tensor]:
@@ -258,7 +258,7 @@ class StepSearch:
                     known[weights] = update_seconds(self.training.optimizer, traced, weights)
             return known[weights]
 
-        found = _Front(traced, gradients, first, measure, measured, update, {})
+        found = _Front(traced, gradients, first, measure, measured, update, {}, needed)
         self._fronts[count, threads] = found
         return found
 

@@ -69,8 +69,12 @@ class ResultLoss:
 
     def __call__(self, result: Any, _target: Any) -> torch.Tensor:
         """A scalar."""
-        parts = [x.double().sum() for x in flatten(result)[0] if isinstance(x, torch.Tensor) and x.requires_grad]
-        return torch.stack(parts).sum()
+        return total(flatten(result)[0])
 
 
-__all__ = ["ResultLoss", "free_memory", "step_seconds"]
+def total(outputs: Sequence[Any]) -> torch.Tensor:
+    """The sum of all of a model's flat results that have gradients."""
+    return torch.stack([x.double().sum() for x in outputs if isinstance(x, torch.Tensor) and x.requires_grad]).sum()
+
+
+__all__ = ["ResultLoss", "free_memory", "step_seconds", "total"]
